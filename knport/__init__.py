@@ -1,0 +1,32 @@
+"""knport: port PyTorch vision networks to kernel normalization.
+
+model = knport.convert(model)   # any network
+knport.KNConv2d(64, 128, 3)     # or layer by layer, in the place of norm and convolution
+"""
+
+from knport import functional
+from knport.errors import (
+    AlreadyWrapped,
+    KNPortError,
+    NothingToConvert,
+    UnknownName,
+    UnmatchedPattern,
+    UnsupportedModule,
+)
+from knport.layers import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d
+
+__all__ = [
+    "AlreadyWrapped",
+    "KNConv1d",
+    "KNConv2d",
+    "KNConv3d",
+    "KNPortError",
+    "KernelNorm1d",
+    "KernelNorm2d",
+    "KernelNorm3d",
+    "NothingToConvert",
+    "UnknownName",
+    "UnmatchedPattern",
+    "UnsupportedModule",
+    "functional",
+]

@@ -1,0 +1,157 @@
+"""Mean and variance of every unit without unfolding (Nasirigerdeh et al., TMLR 2024, Eq. 1-4).
+
+A unit is the C x k_1 x .. x k_d block under one kernel position of the padded input, n = C k_1 .. k_d its size.
+The moments of all units are box filters of one-channel maps, so their cost does not grow with the kernel.
+
+Dropout enters through the unit that the statistics are taken of, never through the unit that is normalized. With u the
+unit, b the kept entries and u' = u b / (1 - p), the layer needs mu' = mean(u') and var' = var(u'):
+
+    "shared"    one mask on the padded input, shared by overlapping units (the published KNConv)
+    "unit"      an independent mask for every unit (Eq. 1, the published KernelNorm)
+    "moments"   (mu', var') drawn from the Gaussian that has the moments of "unit"; needs one-channel noise only
+    "expected"  E[mu'] and E[var'], deterministic: evaluation on the scale of training
+
+Legend: N images, C channels, H, W any number of spatial dimensions, O, P the output's; maps are (N, 1, H, W).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from knport.errors import UnknownName
+from knport.functional.geometry import Pairs, output_size, pad
+
+DROPOUT_FORMS = ("shared", "unit", "moments", "expected")
+
+# A Gaussian is no model of the mean of a few dozen Bernoulli terms (an RGB stem has n = 27): smaller units draw a mask.
+SMALLEST_GAUSSIAN_UNIT = 64
+
+_AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def unit_statistics(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Pairs,
+    dilation: Sequence[int],
+    *,
+    dropout: float = 0.0,
+    dropout_form: str = "moments",
+    padding_mode: str = "zeros",
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every unit, in float32 or better.
+
+    Args:
+        x: (N, C, H, W), or one or three spatial dimensions.
+        kernel_size, stride, dilation: one int per spatial dimension.
+        padding: one (before, after) pair per spatial dimension; zeros that it adds belong to the units.
+        dropout: probability p with which an entry is left out of the statistics.
+        dropout_form: how, see the module's docstring. Units of fewer than 64 entries draw masks for "moments" too.
+        padding_mode: as in `torch.nn.Conv2d`.
+
+    Returns:
+        mean and var, each (N, 1, O, P).
+    """
+    if dropout_form not in DROPOUT_FORMS:
+        raise UnknownName("dropout_form", dropout_form, DROPOUT_FORMS)
+    box = _Box(x.shape[2:], kernel_size, stride, padding, dilation, padding_mode)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var = _plain(x, box)
+        if not dropout:
+            return mean, var
+        n = x.shape[1] * math.prod(kernel_size)
+        if dropout_form == "expected":
+            return mean, (var * (1 - dropout / n) + mean.square() * (dropout * (1 - 1 / n))) / (1 - dropout)
+        if dropout_form == "unit":
+            mean_d, var_d = _unit_masks(x, box, dropout)
+        elif dropout_form == "shared" or n < SMALLEST_GAUSSIAN_UNIT:
+            mean_d, var_d = _plain(F.dropout(x, dropout), box)
+        else:
+            mean_d, var_d = _moments(x, box, mean, var, dropout, n)
+        # Dropout may leave a flat unit untouched but for its scale: var' = 0 beside a shifted mean, a quotient in the
+        # hundreds (one flat RGB unit in four at p = 0.05). The shift that dropout causes is at most one SD.
+        return mean_d, torch.maximum(var_d, (mean_d - mean).square())
+
+
+class _Box:
+    """The mean over the spatial part of every unit, for maps of any number of channels."""
+
+    def __init__(self, size, kernel_size, stride, padding, dilation, padding_mode):
+        self.kernel_size, self.stride, self.dilation = tuple(kernel_size), tuple(stride), tuple(dilation)
+        self.padding, self.padding_mode = padding, padding_mode
+        self.size = output_size(size, kernel_size, stride, padding, dilation)
+
+    def pad(self, maps: Tensor) -> Tensor:
+        return pad(maps, self.padding, self.padding_mode)
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        """(N, K, H, W), already padded -> (N, K, O, P)."""
+        ndim = len(self.kernel_size)
+        if max(self.dilation) == 1:
+            if max(self.kernel_size) == 1 and max(self.stride) == 1:
+                return maps
+            return _AVERAGE_POOL[ndim](maps, self.kernel_size, self.stride)
+        flat = maps.flatten(0, 1).unsqueeze(1)  # (N, K, H, W) -> (N K, 1, H, W)
+        ones = maps.new_full((1, 1, *self.kernel_size), 1 / math.prod(self.kernel_size))
+        means = _CONVOLVE[ndim](flat, ones, stride=self.stride, dilation=self.dilation)
+        return means.squeeze(1).unflatten(0, maps.shape[:2])
+
+    def positions(self, x: Tensor):
+        """For each place in the kernel, the entries of all units at that place: (N, C, O, P)."""
+        for offset in itertools.product(*map(range, self.kernel_size)):
+            where = [
+                slice(o * d, o * d + s * (size - 1) + 1, s)
+                for o, d, s, size in zip(offset, self.dilation, self.stride, self.size, strict=True)
+            ]
+            yield x[(slice(None), slice(None), *where)]
+
+
+def _plain(x: Tensor, box: _Box) -> tuple[Tensor, Tensor]:
+    """Two levels, variance within the pixels plus variance between them, both about a nearby point: E[u^2] - mu^2
+    would cancel on inputs with a large mean."""
+    between = x.mean(1, keepdim=True)  # (N, 1, H, W)
+    within = (x - between).square().mean(1, keepdim=True)
+    between, within = box.pad(between), box.pad(within)
+    shift = between.detach().mean(dim=tuple(range(1, between.dim())), keepdim=True)  # any point near the mean will do
+    between = between - shift
+    mean, square, within = box(torch.cat([between, between.square(), within], 1)).chunk(3, 1)
+    return mean + shift, within + (square - mean.square()).clamp_min(0)
+
+
+def _unit_masks(x: Tensor, box: _Box, p: float) -> tuple[Tensor, Tensor]:
+    places = math.prod(box.kernel_size)
+    total = total_square = 0.0
+    for entries in box.positions(box.pad(x)):
+        kept = F.dropout(entries, p)
+        total = total + kept.mean(1, keepdim=True)
+        total_square = total_square + kept.square().mean(1, keepdim=True)
+    mean = total / places
+    return mean, (total_square / places - mean.square()).clamp_min(0)
+
+
+def _moments(x: Tensor, box: _Box, mean: Tensor, var: Tensor, p: float, n: int) -> tuple[Tensor, Tensor]:
+    """Draw (mu', var'). With m_j the unit's j-th moment and q = p / ((1 - p) n):
+
+    Var[mu'] = q m_2,  Var[m_2'] = q m_4 / (1 - p)^2,  Cov[mu', m_2'] = q m_3 / (1 - p)
+    """
+    tiny = torch.finfo(x.dtype).tiny
+    square = x.square()
+    maps = torch.cat([(square * x).mean(1, keepdim=True), square.square().mean(1, keepdim=True)], 1)
+    m3, m4 = box(box.pad(maps)).chunk(2, 1)
+    m2 = (var + mean.square()).clamp_min(tiny)
+    q = p / ((1 - p) * n)
+    shift = (q * m2).sqrt() * torch.randn_like(mean)  # mu' - mu
+    slope = m3 / ((1 - p) * m2)  # of m_2' on mu'
+    rest = (q * (m4 - m3.square() / m2)).clamp_min(tiny).sqrt() / (1 - p) * torch.randn_like(mean)
+    # m_2' - mu'^2, written so that nothing large cancels
+    drawn = (var + p * mean.square()) / (1 - p) + (slope - 2 * mean) * shift - shift.square() + rest
+    return mean + shift, drawn.clamp_min(0)
