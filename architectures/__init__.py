@@ -1,0 +1,12 @@
+"""Hand-built networks: kernel normalized ones as published, and the originals that timm and torchvision lack.
+
+    model = architectures.create_model("knresnet18", num_classes=100, low_resolution=True)
+
+One family per file. The same names work in `timm.create_model` once this package is imported.
+"""
+
+from architectures import cifar_resnet, knresnet
+from architectures.knresnet import load_published
+from architectures.registry import create_model, list_models
+
+__all__ = ["cifar_resnet", "create_model", "knresnet", "list_models", "load_published"]
