@@ -1,0 +1,72 @@
+"""The report of a comparison, as a page to look at and as Markdown, made from run folders or from their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import page, tables
+from experiments.collect import NOTES, collect
+from experiments.published import SETTING, SOURCE
+from experiments.results import Results, Row, read, write, write_text
+from experiments.summary import STANDARD_ERRORS, headline
+from knport.errors import KNPortError
+
+READING = (
+    "Accuracies are top-1 in percent on the test images after the last step: mean ± standard deviation over n seeds, "
+    "no deviation for one seed. Best of its column and model in bold. Two norms count as different when their means are "
+    f"more than {STANDARD_ERRORS:g} standard errors apart, from the seeds and from the finite number of test images.",
+    "A training step is forward, loss, backward and SGD, in float32, on images already on the device: the median and the "
+    "20 to 80 % quantiles; the networks of a batch size take turns, and ratios are formed within a turn.",
+    "MACs are those of convolutions and linear layers, one image forward. FLOP counters do not see the statistics of a "
+    "normalization, so the measured time says what kernel normalization costs.",
+    "Peak MiB: all tensors alive during a step, weights and momentum included. Saved MiB: what autograd keeps from the "
+    "forward pass for the backward pass.",
+)
+
+
+def report(folder: str | Path) -> Path:
+    """Write `report.html`, `report.md`, `results.csv` and `curves.csv` into `folder`; returns the page's path.
+
+    Args:
+        folder: holds run folders, or else a `results.csv` (with `curves.csv` beside it) from an earlier comparison.
+
+    Raises:
+        KNPortError: the folder holds neither.
+    """
+    folder = Path(folder)
+    results = load(folder)
+    if any(folder.glob("*/run.json")) or (folder / NOTES).exists():
+        write(folder, results)
+    write_text(folder / "report.md", markdown(results.rows))
+    write_text(folder / "report.html", page.html(results, READING))
+    return folder / "report.html"
+
+
+def load(folder: Path) -> Results:
+    """The results of a folder of runs, or of its `results.csv`.
+
+    Raises:
+        KNPortError: no such folder, or nothing in it.
+    """
+    if not folder.is_dir():
+        raise KNPortError(f"{folder}: no such folder; expected one with run folders or a results.csv")
+    results = collect(folder)
+    if not results.rows:
+        results = read(folder)
+    if not results.rows:
+        raise KNPortError(f"{folder}: no run in it; start one with `python -m experiments compare RECIPE`")
+    return results
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The whole report as Markdown, without pictures."""
+    parts = [f"# {page.title(rows)}", headline(rows), tables.accuracy(rows).markdown()]
+    parts += [f"- {note}" for note in tables.remarks(rows)]
+    parts += ["## Cost of a training step", tables.costs(rows).markdown()]
+    parts += ["## Setting", tables.settings(rows).markdown(), page.machine(rows)]
+    parts += [f"```\n{command}\n```" for command in page.commands(rows)]
+    parts += ["## How to read this", *(f"- {text}" for text in READING)]
+    if any(cell == "paper" for cell in tables.accuracy(rows).header):
+        parts.append(f"- paper: {SOURCE}; {SETTING}.")
+    return "\n\n".join(parts) + "\n"
