@@ -1,0 +1,106 @@
+"""`python -m experiments COMMAND`: train, compare, demo, report, list.
+
+    accelerate launch -m experiments train cifar100 --model knresnet18 --batch-size 32 --data-dir data
+    accelerate launch --multi_gpu --num_processes 2 -m experiments train ...      two processes, on CPUs too
+
+Errors that a user can mend end with one message and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import tyro
+
+COMMANDS = {
+    "train": "train a model by a recipe, or go on with a run that was interrupted",
+    "compare": "run a grid of models, norms, batch sizes and seeds, and report it",
+    "demo": "compare three norms on the embedded digits in a few minutes",
+    "report": "write report.html, report.md and results.csv for a folder of runs",
+    "list": "the recipes, norms and models that can be named",
+}
+PROG = "python -m experiments"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if command in ("-h", "--help"):
+        print(_usage())
+        return 0
+    try:
+        _run(command, rest)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        from knport.errors import KNPortError  # importing knport imports torch: not paid by --help
+
+        if not isinstance(error, KNPortError):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(command: str, args: list[str]) -> None:
+    if command == "train":
+        _train(args)
+    elif command == "list":
+        _list(args)
+    elif command in COMMANDS:
+        function = getattr(import_module(f"experiments.{command}"), command)
+        tyro.cli(function, args=args, prog=f"{PROG} {command}", config=(tyro.conf.OmitArgPrefixes,))
+    else:
+        from knport.errors import UnknownName
+
+        raise UnknownName("command", command, COMMANDS)
+
+
+def _train(args: list[str]) -> None:
+    """Parsed twice: first for what the recipe depends on, then with the recipe's values as defaults (and in --help)."""
+    from experiments.run import Run, resolve
+
+    def parse(default: Run, args: list[str]) -> Run:
+        return tyro.cli(Run, default=default, args=args, prog=f"{PROG} train", config=(tyro.conf.OmitArgPrefixes,))
+
+    asked = parse(Run(batch_size=0), [arg for arg in args if arg not in ("-h", "--help")])
+    keys = {"model": asked.model, "norm": asked.norm, "batch_size": asked.batch_size or None, "seed": asked.seed}
+    run = parse(resolve(asked.recipe, **keys), args)
+
+    from experiments.train import train
+
+    train(run)
+
+
+def _list(args: list[str]) -> None:
+    """Print every recipe, norm and model whose name contains the given text."""
+
+    def parse(contains: tyro.conf.Positional[str] = "") -> str:
+        """Print the recipes, norms and models that can be named.
+
+        Args:
+            contains: only names with this text in them.
+        """
+        return contains
+
+    contains = tyro.cli(parse, args=args, prog=f"{PROG} list")
+
+    from experiments.models import NORMS, list_models
+    from experiments.recipes import RECIPES
+
+    for kind, names in (("recipes", RECIPES), ("norms", NORMS), ("models", list_models())):
+        found = [name for name in names if contains in name]
+        print(f"{kind} ({len(found)}):", *found, sep="\n  ")
+
+
+def _usage() -> str:
+    lines = [f"usage: {PROG} COMMAND [-h] ...", ""]
+    return "\n".join(lines + [f"  {name:8} {text}" for name, text in COMMANDS.items()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

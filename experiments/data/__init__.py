@@ -1,0 +1,22 @@
+"""Data sets as one uint8 tensor each, read from their real formats on disk."""
+
+from __future__ import annotations
+
+from experiments.data.cifar import cifar10, cifar100
+from experiments.data.digits import digits
+from experiments.data.images import ImageSet
+from experiments.run import Run
+
+READERS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
+
+
+def load(run: Run) -> tuple[ImageSet, ImageSet]:
+    """Train and test images of the run's recipe, on the CPU, restricted to its classes and numbers of images.
+
+    Raises `KNPortError` for a missing or damaged file: which one, what was expected, how to get it.
+    """
+    train, test = READERS[run.recipe](run.data_dir)
+    return train.select(run.classes, run.train_images), test.select(run.classes, run.test_images)
+
+
+__all__ = ["READERS", "ImageSet", "load"]

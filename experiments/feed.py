@@ -1,0 +1,67 @@
+"""The batches of a run: which images, in which order, augmented how, as a function of the step.
+
+Letters: N images, B images per step over all processes, b = B / processes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from experiments.data.augment import crop_flip, draw
+from experiments.data.images import ImageSet
+from experiments.randomness import generator
+from experiments.run import Run
+from knport.errors import KNPortError
+
+CHUNK_IMAGES = 512  # images prepared at once, so that a batch of 2 costs little more than a slice
+
+
+class Feed:
+    """`batch(step)` gives this process's share of a step's images.
+
+    An epoch is a permutation of the training images cut into batches of B; what does not fill a batch is left out
+    of that epoch. Process `rank` of `world` takes every `world`-th image of a batch, so that the batch of a step does
+    not depend on the number of processes. Only the current epoch and chunk are kept, for speed.
+    """
+
+    def __init__(self, images: ImageSet, run: Run, rank: int = 0, world: int = 1):
+        if len(images) < run.batch_size:
+            raise KNPortError(f"batch size {run.batch_size} is more than the {len(images)} training images: give less")
+        self.images, self.run, self.rank, self.world = images, run, rank, world
+        self.device = images.images.device
+        self.padding = max(1, images.images.shape[-1] // 8)
+        self.steps_per_epoch = len(images) // run.batch_size
+        self.chunk_steps = max(1, CHUNK_IMAGES * world // run.batch_size)
+        self._epoch = self._chunk = -1
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images float32 (b, C, H, W) and labels int64 (b,) of step `step`, on the device of the image set."""
+        chunk, place = divmod(step % self.steps_per_epoch, self.chunk_steps)
+        epoch = step // self.steps_per_epoch
+        if (epoch, chunk) != (self._epoch, self._chunk):
+            self._prepare(epoch, chunk)
+        return self._images[place], self._labels[place]
+
+    def _prepare(self, epoch: int, chunk: int) -> None:
+        if epoch != self._epoch:
+            self._rows = self._order(epoch).to(self.device)
+            draws = draw(self.run.augment, self.run.seed, epoch, len(self.images), self.padding)
+            self._draws = None if draws is None else draws.to(self.device)
+        self._epoch, self._chunk = epoch, chunk
+        rows = self._rows[chunk * self.chunk_steps : (chunk + 1) * self.chunk_steps]  # (steps, b)
+        images = self.images.images[rows.flatten()]  # (steps * b, C, H, W)
+        if self._draws is not None:
+            images = crop_flip(images, self._draws[rows.flatten()], self.padding)
+        images = self.images.scale(images, self.run.scaling)
+        if self.run.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        self._images = images.split(rows.shape[1])
+        self._labels = self.images.labels[rows.flatten()].split(rows.shape[1])
+
+    def _order(self, epoch: int) -> Tensor:
+        """Rows of the images of each step of the epoch for this process, (steps, b)."""
+        order = torch.randperm(len(self.images), generator=generator(self.run.seed, "order", epoch))
+        return order[: self.steps_per_epoch * self.run.batch_size].view(-1, self.run.batch_size)[
+            :, self.rank :: self.world
+        ]

@@ -1,0 +1,132 @@
+"""Models by name, with the normalization asked for, as the images at hand need them."""
+
+from __future__ import annotations
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import architectures
+import knport
+from knport.errors import KNPortError, UnknownName
+
+NORMS = ("original", "kernel", "batch", "group", "layer", "instance", "none")
+KERNEL_NORMS = (knport.KernelNorm1d, knport.KernelNorm2d, knport.KernelNorm3d)
+KN_CONVS = (knport.KNConv1d, knport.KNConv2d, knport.KNConv3d)
+SMALL_IMAGE = 64  # pixels; up to here a network gets the stem for low resolution where it has one
+
+
+def build(
+    name: str,
+    norm: str = "original",
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    image_size: int,
+    dropout: float | None = None,
+) -> nn.Module:
+    """A freshly initialized model; seed torch first for given weights.
+
+    Args:
+        name: a name of `architectures`, ``timm/NAME`` or ``torchvision/NAME``.
+        norm: ``original`` (as the model is), ``kernel`` (`knport.convert`), or a norm of `knport.replace_norm`.
+        num_classes: size of the last layer.
+        in_chans: channels of the images.
+        image_size: their height in pixels; at most 64 means the low-resolution stem: `architectures` builds it in,
+            and a ResNet of timm or torchvision gets a 3 x 3 stride-1 first convolution and no max pool, as usual on
+            CIFAR.
+        dropout: overrides the dropout of every kernel normalization layer (see `set_dropout`).
+
+    Raises: `UnknownName` for an unknown model or norm; `KNPortError` from the rewriting.
+    """
+    model = _create(name, num_classes, in_chans, image_size)
+    model = _renorm(model, norm, torch.zeros(2, in_chans, image_size, image_size))
+    if dropout is not None:
+        set_dropout(model, dropout)
+    _try(model, name, torch.zeros(2, in_chans, image_size, image_size), num_classes)
+    return model
+
+
+def list_models() -> list[str]:
+    """Every name that `build` takes."""
+    torchvision_models = torchvision.models.list_models(torchvision.models)
+    return [
+        *architectures.list_models(),
+        *(f"timm/{name}" for name in timm.list_models()),
+        *(f"torchvision/{name}" for name in torchvision_models),
+    ]
+
+
+def set_dropout(model: nn.Module, dropout: float) -> None:
+    """Set the dropout p of every KNConv and KernelNorm; the last KernelNorm gets min(5 p, 0.25), as published."""
+    norms = [module for module in model.modules() if isinstance(module, KERNEL_NORMS)]
+    for module in model.modules():
+        if isinstance(module, KERNEL_NORMS + KN_CONVS):
+            module.dropout = dropout
+    if norms:
+        norms[-1].dropout = min(5 * dropout, 0.25)
+
+
+def _create(name: str, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+    small = image_size <= SMALL_IMAGE
+    library, _, rest = name.rpartition("/")
+    if name in architectures.list_models():
+        return architectures.create_model(name, num_classes=num_classes, in_chans=in_chans, low_resolution=small)
+    if library == "timm" and timm.is_model(rest):
+        model = timm.create_model(rest, num_classes=num_classes, in_chans=in_chans)
+    elif library == "torchvision" and rest in torchvision.models.list_models(torchvision.models):
+        model = torchvision.models.get_model(rest, weights=None, num_classes=num_classes)
+        _set_in_chans(model, in_chans)
+    else:
+        raise UnknownName("model", name, list_models())
+    if small:
+        _shrink_stem(model)
+    return model
+
+
+def _shrink_stem(model: nn.Module) -> None:
+    """A ResNet's 7 x 7 stride-2 convolution and max pool, made for 224 pixels, become a 3 x 3 convolution."""
+    conv = getattr(model, "conv1", None)
+    if isinstance(conv, nn.Conv2d) and conv.kernel_size == (7, 7) and isinstance(model.maxpool, nn.MaxPool2d):
+        model.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+
+
+def _set_in_chans(model: nn.Module, in_chans: int) -> None:
+    """torchvision's networks take 3 channels: replace the first convolution where the images have others."""
+    path, conv = next((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    if conv.in_channels == in_chans:
+        return
+    bias = conv.bias is not None
+    new = nn.Conv2d(in_chans, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=bias)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    model.set_submodule(path, new)
+
+
+def _renorm(model: nn.Module, norm: str, example: torch.Tensor) -> nn.Module:
+    if norm == "original":
+        return model
+    if norm == "kernel":
+        return knport.convert(model, example_inputs=example)
+    try:
+        return knport.replace_norm(model, norm)
+    except UnknownName as error:
+        raise UnknownName("norm", norm, NORMS) from error
+
+
+@torch.no_grad()
+def _try(model: nn.Module, name: str, example: torch.Tensor, num_classes: int) -> None:
+    """Two blank images through the model: an unfit size shows here, not in the middle of a run."""
+    image = tuple(example.shape[1:])
+    model.eval()
+    try:
+        logits = model(example)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise KNPortError(f"{name} cannot take images {image}: {error}; choose a model for this size") from error
+    finally:
+        model.train()
+    if not isinstance(logits, torch.Tensor) or logits.shape != (len(example), num_classes):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise KNPortError(f"{name} gives {found} for 2 images; expected class scores (2, {num_classes})")

@@ -1,0 +1,25 @@
+"""The learning rate as a pure function of the step: nothing to restore, nothing to step twice."""
+
+from __future__ import annotations
+
+import math
+
+from experiments.run import Run
+
+FLOOR = 0.01  # the cosine ends at this share of the peak, as published
+
+
+def learning_rate(run: Run, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """The learning rate of step `step` (0-based) of `total_steps`.
+
+    ``cosine`` is constant within an epoch, as `CosineAnnealingLR` stepped once per epoch makes it (the papers);
+    ``cosine-step`` is the same curve followed step by step, for runs of a few epochs. `run.warmup` steps of linear
+    warm-up multiply either.
+    """
+    warmup = min(1.0, (step + 1) / (run.warmup + 1))
+    if run.schedule == "constant":
+        return run.lr * warmup
+    if run.schedule == "cosine":
+        step = step // steps_per_epoch * steps_per_epoch
+    half_turn = math.pi * min(1.0, step / total_steps)
+    return run.lr * warmup * (FLOOR + (1 - FLOOR) * (1 + math.cos(half_turn)) / 2)

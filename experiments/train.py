@@ -1,0 +1,165 @@
+"""`train(run)`: one training run in one folder, from nothing, from a checkpoint, or not at all if it has finished."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from experiments import data
+from experiments.loop import Loop
+from experiments.meter import NonFiniteLoss, reset_peak_memory
+from experiments.models import build
+from experiments.progress import Report
+from experiments.randomness import fold
+from experiments.run import Run
+from experiments.run_folder import RunFolder, environment
+from experiments.signals import StopRequest
+from knport.errors import KNPortError
+
+
+def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
+    """Train, or go on, or return the stored result.
+
+    Args:
+        run: what to train; `experiments.run.resolve` makes one from a recipe.
+        quiet: say nothing.
+
+    Returns: ``top1, top5, best_top1`` in percent, ``test_loss, train_loss``, ``steps, epochs``, and ``seconds`` of
+    training without evaluation. All but ``best_top1`` are of the last step, as in the papers.
+
+    Raises: `KNPortError` for bad values, data or folders, or a loss that is not finite (`NonFiniteLoss`);
+    `TrainingStopped`, a `SystemExit`, after SIGTERM or Ctrl-C once the state is saved.
+    """
+    run.validate()
+    folder = RunFolder(run)
+    stored = folder.stored()
+    if stored is not None and stored["status"] == "finished":
+        Report(run.run_dir, not quiet and _accelerator(run).is_main_process).note("has finished; nothing to do")
+        return stored["result"]
+    accelerator = _accelerator(run)
+    _check_division(run, accelerator.num_processes)
+    report = Report(run.run_dir, not quiet and accelerator.is_main_process)
+    with StopRequest() as stop, _deterministic(), _trackers(accelerator, run):
+        return _train(run, accelerator, folder, report, stop)
+
+
+def _train(run: Run, accelerator: Accelerator, folder: RunFolder, report: Report, stop: StopRequest) -> dict[str, Any]:
+    train_set, test_set = data.load(run)
+    for note in train_set.notes + test_set.notes:
+        report.note(note)
+    reset_peak_memory(accelerator.device)
+    torch.manual_seed(fold(run.seed, "init"))
+    _, channels, height, _ = train_set.images.shape
+    net = build(
+        run.model,
+        run.norm,
+        num_classes=train_set.num_classes,
+        in_chans=channels,
+        image_size=height,
+        dropout=run.dropout,
+    )
+    content = {
+        "environment": environment(accelerator.device, accelerator.num_processes),
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "classes": train_set.num_classes,
+        "train_images": len(train_set),
+        "test_images": len(test_set),
+        "status": "running",
+        "result": None,
+    }
+    accelerator.wait_for_everyone()  # all have read run.json before it is written
+    write = folder.write_run if accelerator.is_main_process else lambda content: None
+    write(content)
+    device = accelerator.device
+    loop = Loop(run, accelerator, net, train_set.to(device), test_set.to(device), folder, report, stop)
+    try:
+        loop.finish()
+    except NonFiniteLoss as error:
+        write(content | {"status": "failed", "error": str(error)})
+        raise
+    finally:
+        report.close()
+    result = _result(folder, loop)
+    write(content | {"status": "finished", "result": result})
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    return result
+
+
+def _result(folder: RunFolder, loop: Loop) -> dict[str, Any]:
+    row = folder.last_row()
+    return {
+        **{name: row[name] for name in ("top1", "top5")},
+        "best_top1": loop.best_top1,
+        **{name: row[name] for name in ("test_loss", "train_loss")},
+        "steps": loop.step,
+        "epochs": row["epoch"],
+        "seconds": loop.seconds,
+    }
+
+
+def _accelerator(run: Run) -> Accelerator:
+    """A fresh accelerator: its state is global, and an earlier run of this process may have had another precision."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    has_accelerator = torch.accelerator.is_available()
+    if run.mixed_precision == "fp16" and not has_accelerator:
+        raise KNPortError("fp16 needs a GPU; on the CPU use --mixed-precision bf16 or no")
+    accelerator = Accelerator(
+        cpu=not has_accelerator,  # without it, two processes started on a CPU would train apart
+        mixed_precision=run.mixed_precision,
+        log_with=run.track,
+        project_dir=str(Path(run.run_dir) / "track"),
+    )
+    if run.processes not in (None, accelerator.num_processes):
+        raise KNPortError(
+            f"processes is {run.processes}, but {accelerator.num_processes} started: use accelerate launch --multi_gpu"
+            f" --num_processes {run.processes} -m experiments train ... (on CPUs too)"
+        )
+    return accelerator
+
+
+def _check_division(run: Run, processes: int) -> None:
+    share = processes * run.accumulate
+    if run.batch_size % share:
+        near = max(share, run.batch_size // share * share)
+        raise KNPortError(
+            f"batch size {run.batch_size} does not divide over {processes} processes x {run.accumulate} micro-batches:"
+            f" it is the total; give a multiple of {share}, e.g. --batch-size {near}"
+        )
+
+
+@contextmanager
+def _trackers(accelerator: Accelerator, run: Run) -> Iterator[None]:
+    """The run's tracker, told the configuration as flat plain values, and closed at the end."""
+    if run.track:
+        if not accelerator.log_with:
+            raise KNPortError(f"the tracker {run.track} is not installed: pip install {shlex.quote(run.track)}")
+        config = {name: value if value is not None else "None" for name, value in asdict(run).items()}
+        accelerator.init_trackers("knport", config=json.loads(json.dumps(config)))
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:  # not accelerator.end_training: it also ends the process group
+            tracker.finish()
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """cuDNN's deterministic algorithms while training, so that a resumed run gives the same bits on a GPU too."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
