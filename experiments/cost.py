@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.live_tensors import LiveTensors
 from experiments.results import Cost
-from knport import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d
+from knport import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d, UnknownName
 
 MIB = 2**20
 WARM_UP = 2
@@ -48,7 +48,7 @@ def measure(
     *,
     seconds: float = 15.0,
 ) -> dict[Network, Cost]:
-    """Measure every network on one batch.
+    """Measure every network on one batch; one that cannot make a step is left out (its training says why).
 
     Args:
         build: makes the network of a (model, norm), on the CPU.
@@ -56,9 +56,9 @@ def measure(
         batch: images and labels on the device to measure on.
         seconds: about how long the timing of all networks together may take; at least five rounds are made.
     """
-    networks = list(networks)
     device = batch.images.device
-    static = {network: _static(build(*network), batch) for network in networks}
+    static = {network: found for network in networks if (found := _static(build, network, batch))}
+    networks = list(static)
     times = time_steps({network: build(*network).to(device) for network in networks}, batch, seconds=seconds)
     costs = {}
     for model, norm in networks:
@@ -68,7 +68,7 @@ def measure(
             **static[model, norm],
             **_spread("ms_per_step", [1000 * t for t in mine]),
             **_spread("slowdown", ratios),
-            cost_device=device_name(device),
+            cost_device=cost_device(device),
         )
     return costs
 
@@ -164,16 +164,24 @@ def peak_memory(model: nn.Module, batch: Batch) -> float:
     return (torch.cuda.max_memory_allocated(device) - others) / MIB
 
 
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the accelerator's product name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def cost_device(device: torch.device) -> str:
+    """The accelerator's product name, or the CPU with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
-def _static(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Everything but time, of a network that is freed before the next one comes."""
-    shape = tuple(batch.images.shape[1:])
-    cost = describe(model, shape)
-    model = model.to(batch.images.device)
+def _static(build: Callable[[str, str], nn.Module], network: Network, batch: Batch) -> dict[str, Any]:
+    """Everything but time, of a network that is freed before the next one comes; empty if it makes no step."""
+    try:
+        model = build(*network)
+        TrainingStep(model.to(batch.images.device), batch)()
+    except UnknownName:
+        raise
+    except (RuntimeError, ValueError):
+        return {}
+    cost = describe(model, tuple(batch.images.shape[1:]))
     return {
         "norm_family": cost.norm_family,
         "parameters": cost.parameters,

@@ -9,7 +9,7 @@ from pathlib import Path
 from experiments import plots, tables
 from experiments.published import SETTING, SOURCE
 from experiments.results import Results, Row
-from experiments.summary import Series, batch_sizes_of, headline, series_of
+from experiments.summary import Series, batch_sizes_of, headline, main_budget, series_of
 from experiments.tables import Table, Text
 
 STYLE = Path(__file__).with_name("page.css")
@@ -29,7 +29,7 @@ def html(results: Results, reading: Sequence[str]) -> str:
     networks = len({(s.model, s.norm) for s in series})
     body = [
         f'<p class="eyebrow">{escape(title(rows))}</p>',
-        f"<h1>{escape(headline(rows))}</h1>",
+        f"<h1>{escape(headline(rows)).replace(' %', '&nbsp;%')}</h1>",
         f'<p class="lead">{networks} networks, {_runs(rows)}; {escape(machine(rows))}</p>',
         f"<section><h2>{escape(accuracy_title(series, sizes))}</h2>",
         f'<div class="panels">{_figure(plots.accuracy_plot(series, sizes), "")}{_chips(series)}</div>',
@@ -123,8 +123,9 @@ def _chips(series: Sequence[Series]) -> str:
     for size in sorted({size for one in series for size in one.cells}):
         cells = [(one, one.cells[size]) for one in series if size in one.cells and one.cells[size].values]
         cells.sort(key=lambda pair: -pair[1].mean)
+        main = main_budget(series, size)
         lines = [
-            f'<li><span class="dot" style="background:{_colour(one)}"></span><b>{cell.mean:.1f}</b>'
+            f"<li>{_dot(one)}<b>{cell.mean:.1f}{tables.budget_mark(cell, main)}</b>"
             f"<span>{escape(plots.name_of(one, series))}</span></li>"
             for one, cell in cells
         ]
@@ -133,11 +134,11 @@ def _chips(series: Sequence[Series]) -> str:
 
 
 def _table(table: Table, series: Sequence[Series] = ()) -> str:
-    colours = {one.label: _colour(one) for one in series}
+    dots = {one.label: _dot(one) for one in series}
     head = "".join(f"<th{_align(table, i)}>{escape(name)}</th>" for i, name in enumerate(table.header))
     lines = []
     for row in table.rows:
-        cells = "".join(f"<td{_align(table, i, cell)}>{_cell(cell, colours)}</td>" for i, cell in enumerate(row))
+        cells = "".join(f"<td{_align(table, i, cell)}>{_cell(cell, dots)}</td>" for i, cell in enumerate(row))
         lines.append(f"<tr>{cells}</tr>")
     body = "\n".join(lines)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
@@ -149,16 +150,15 @@ def _align(table: Table, column: int, cell: Text | None = None) -> str:
     return ' class="long"' if cell and len(cell.text) > 30 else ""
 
 
-def _cell(cell: Text, colours: dict[str, str]) -> str:
+def _cell(cell: Text, dots: dict[str, str]) -> str:
     text = f"<strong>{escape(cell.text)}</strong>" if cell.strong else escape(cell.text)
-    dot = f'<span class="dot" style="background:{colours[cell.text]}"></span>' if cell.text in colours else ""
     quiet = ' class="quiet"' if cell.text in ("not run", "running", "failed") else ""
     small = f" <small>{escape(cell.small)}</small>" if cell.small else ""
-    return f"<span{quiet}>{dot}{text}</span>{small}"
+    return f"<span{quiet}>{dots.get(cell.text, '')}{text}</span>{small}"
 
 
-def _colour(one: Series) -> str:
-    return f"var({plots.css_name(plots.style(one)[0])})"
+def _dot(one: Series) -> str:
+    return f'<span class="dot" style="background:var({plots.css_name(plots.style(one)[0])})"></span>'
 
 
 def _list(texts: Sequence[str], kind: str) -> str:

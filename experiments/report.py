@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import tyro
+
 from experiments import page, tables
 from experiments.collect import NOTES, collect
 from experiments.published import SETTING, SOURCE
@@ -14,10 +16,10 @@ from knport.errors import KNPortError
 
 READING = (
     "Accuracies are top-1 in percent on the test images after the last step: mean ± standard deviation over n seeds, "
-    "no deviation for one seed. Best of its column and model in bold. Two norms count as different when their means are "
-    f"more than {STANDARD_ERRORS:g} standard errors apart, from the seeds and from the finite number of test images.",
-    "A training step is forward, loss, backward and SGD, in float32, on images already on the device: the median and the "
-    "20 to 80 % quantiles; the networks of a batch size take turns, and ratios are formed within a turn.",
+    "no deviation for one seed. Best of its column and model in bold. Two norms count as different when their means "
+    f"are more than {STANDARD_ERRORS:g} standard errors apart, from the seeds and from the number of test images.",
+    "A training step is forward, loss, backward and SGD, in float32, on images already on the device: the median and "
+    "the 20 to 80 % quantiles; the networks of a batch size take turns, and ratios are formed within a turn.",
     "MACs are those of convolutions and linear layers, one image forward. FLOP counters do not see the statistics of a "
     "normalization, so the measured time says what kernel normalization costs.",
     "Peak MiB: all tensors alive during a step, weights and momentum included. Saved MiB: what autograd keeps from the "
@@ -25,7 +27,7 @@ READING = (
 )
 
 
-def report(folder: str | Path) -> Path:
+def report(folder: tyro.conf.Positional[Path]) -> Path:
     """Write `report.html`, `report.md`, `results.csv` and `curves.csv` into `folder`; returns the page's path.
 
     Args:
@@ -34,7 +36,6 @@ def report(folder: str | Path) -> Path:
     Raises:
         KNPortError: the folder holds neither.
     """
-    folder = Path(folder)
     results = load(folder)
     if any(folder.glob("*/run.json")) or (folder / NOTES).exists():
         write(folder, results)

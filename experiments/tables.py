@@ -112,12 +112,16 @@ def remarks(rows: Iterable[Row]) -> list[str]:
     return notes
 
 
+def budget_mark(cell: Cell, main: tuple) -> str:
+    """A dagger on a result that was not made under the main budget."""
+    return OTHER_BUDGET if cell.budget != main else ""
+
+
 def _accuracy_cell(cell: Cell | None, best: bool, main: tuple) -> Text:
     if cell is None or cell.mean is None:
         return Text(format_cell(cell))
-    mark = OTHER_BUDGET if cell.budget != main else ""
     small = f"n={len(cell.values)}" + (f", {cell.failed} failed" if cell.failed else "")
-    return Text(format_cell(cell) + mark, best, small)
+    return Text(format_cell(cell) + budget_mark(cell, main), best, small)
 
 
 def _cost_cells(row: Row) -> tuple[Text, ...]:
@@ -131,6 +135,10 @@ def _cost_cells(row: Row) -> tuple[Text, ...]:
         Text(_digits(row.peak_mib)),
         Text(_digits(row.saved_mib)),
     )
+
+
+def _slowdown(row: Row) -> Text:
+    return Text("1") if row.slowdown == 1 else _median(row.slowdown, row.slowdown_q20, row.slowdown_q80)
 
 
 def _median(value: float | None, low: float | None, high: float | None) -> Text:
