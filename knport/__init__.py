@@ -14,6 +14,7 @@ from knport.errors import (
     UnsupportedModule,
 )
 from knport.layers import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d
+from knport.surgery.replace import replace_norm
 
 __all__ = [
     "AlreadyWrapped",
@@ -29,4 +30,5 @@ __all__ = [
     "UnmatchedPattern",
     "UnsupportedModule",
     "functional",
+    "replace_norm",
 ]

@@ -2,8 +2,13 @@
 
     y = (U * W - mu' sum(W)) / sqrt(var' + eps) + b          (Nasirigerdeh et al., TMLR 2024, Eq. 5)
 
-No unit is ever unfolded. Without groups the filters' means cancel, so the convolution runs on W - mean(W): whatever
-mean the unit has, little is left to subtract, and a constant unit yields the bias in every precision.
+No unit is ever unfolded. The convolution runs on centred weights W_c = W - mean(W) and
+
+    U * W - mu' sum(W) = U * W_c - mu sum(W_c) + (mu - mu') sum(W)
+
+holds for any weights when mu is the unit's own mean. The second term is rounding, the third what dropout (or a window
+other than the kernel) moves the mean by: nothing large is subtracted from anything large, and a constant unit yields
+the bias in every precision.
 """
 
 from __future__ import annotations
@@ -13,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knport.functional.geometry import Pairs, ntuple, pad, padding_pairs, window_pairs
-from knport.functional.statistics import unit_statistics
+from knport.functional.statistics import unit_mean, unit_statistics
+from knport.kernels import normalize_units
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -41,7 +47,7 @@ def kernel_norm(
     kernel_size, stride = ntuple(kernel_size, ndim, "kernel_size"), ntuple(stride, ndim, "stride")
     ones = (1,) * ndim
     pairs = padding_pairs(padding, kernel_size, stride, ones)
-    mean, var = unit_statistics(x, kernel_size, stride, pairs, ones, dropout=dropout, dropout_form=dropout_form)
+    mean, var, _ = unit_statistics(x, kernel_size, stride, pairs, ones, dropout=dropout, dropout_form=dropout_form)
     rstd = (var + eps).rsqrt()
     units = pad(x, pairs)
     if max(kernel_size) == 1 and max(stride) == 1:
@@ -98,7 +104,7 @@ def kn_conv(
     if norm_window is not None:
         window = ntuple(norm_window, ndim, "norm_window")
         window_padding, window_dilation = window_pairs(pairs, kernel_size, dilation, window), (1,) * ndim
-    mean, var = unit_statistics(
+    stats = unit_statistics(
         x,
         window,
         stride,
@@ -108,16 +114,17 @@ def kn_conv(
         dropout_form=dropout_form,
         padding_mode=padding_mode,
     )
-    convolved, weight_sum = _convolve(x, weight, stride, pairs, dilation, groups, padding_mode)
-    # (C_out, 1, 1) parameters against (N, 1, O, P) statistics
-    y = (convolved - mean * _channels(weight_sum, ndim)) * (var + eps).rsqrt()
-    if bias is not None:
-        y = y + _channels(bias, ndim)
-    return y.to(convolved.dtype if groups == 1 else _compute_dtype(x))
-
-
-def _channels(parameter: Tensor, ndim: int) -> Tensor:
-    return parameter[(..., *(None,) * ndim)]
+    own_mean = stats.full_mean
+    if norm_window is not None:
+        own_mean = unit_mean(x, kernel_size, stride, pairs, dilation, padding_mode=padding_mode)
+    convolved, used_sum, exact_sum = _convolve(x, weight, stride, pairs, dilation, groups, padding_mode)
+    # What there is to subtract, as maps times vectors. Sums of float32 weights centred in float32 are rounding.
+    parts = [(own_mean, used_sum)] if used_sum is not None else []
+    if stats.mean is not own_mean:
+        parts.append((stats.mean - own_mean, exact_sum))
+    offset = torch.cat([part[0] for part in parts], 1) if parts else None
+    vectors = torch.stack([part[1] for part in parts]) if parts else None
+    return normalize_units(convolved, own_mean, stats.var, offset, vectors, bias, eps, _compute_dtype(x))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -125,23 +132,23 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _convolve(x, weight, stride, pairs, dilation, groups, padding_mode) -> tuple[Tensor, Tensor]:
-    """The plain convolution with the weights it used summed per filter, (C_out,) in float32 or better."""
-    precise = torch.promote_types(weight.dtype, torch.float32)
+def _convolve(x, weight, stride, pairs, dilation, groups, padding_mode) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The plain convolution, the sum of each filter that it used (None where that is 0) and of each filter as given.
+
+    Sums are (C_out,) in float32 or better.
+    """
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    exact_sum = exact.flatten(1).sum(1)
     if groups > 1:
         # A group's mean is not the unit's, so its filters cannot be centred: U * W and mu sum(W) may both be large,
         # and only full precision tells them apart.
         with torch.autocast(x.device.type, enabled=False):
-            convolved = _padded_convolution(
-                x.to(precise), weight.to(precise), stride, pairs, dilation, groups, padding_mode
-            )
-        return convolved, weight.to(precise).flatten(1).sum(1)
-    exact = weight.to(precise)
+            x = x.to(exact.dtype)
+            return _padded_convolution(x, exact, stride, pairs, dilation, groups, padding_mode), exact_sum, exact_sum
     centred = exact - exact.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
-    centred = centred.to(_compute_dtype(x))
-    # Rounded weights do not sum to zero exactly; what is left times the mean is subtracted like any weight sum.
-    weight_sum = centred.to(precise).flatten(1).sum(1)
-    return _padded_convolution(x, centred, stride, pairs, dilation, groups, padding_mode), weight_sum
+    used = centred.to(_compute_dtype(x))
+    used_sum = None if used.dtype == exact.dtype else used.to(exact.dtype).flatten(1).sum(1)
+    return _padded_convolution(x, used, stride, pairs, dilation, groups, padding_mode), used_sum, exact_sum
 
 
 def _padded_convolution(x, weight, stride, pairs: Pairs, dilation, groups, padding_mode) -> Tensor:

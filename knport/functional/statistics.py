@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from knport.errors import UnknownName
 from knport.functional.geometry import Pairs, output_size, pad
+from knport.kernels import channel_moments
 
 DROPOUT_FORMS = ("shared", "unit", "moments", "expected")
 
@@ -34,6 +36,17 @@ SMALLEST_GAUSSIAN_UNIT = 64
 
 _AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class UnitStatistics(NamedTuple):
+    """The statistics of every unit, each (N, 1, O, P) in float32 or better."""
+
+    mean: Tensor
+    """mu': after dropout."""
+    var: Tensor
+    """var': after dropout, biased."""
+    full_mean: Tensor
+    """mu: of all the entries; the same object as `mean` where dropout does not move it."""
 
 
 def unit_statistics(
@@ -46,8 +59,8 @@ def unit_statistics(
     dropout: float = 0.0,
     dropout_form: str = "moments",
     padding_mode: str = "zeros",
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every unit, in float32 or better.
+) -> UnitStatistics:
+    """Mean and biased variance of every unit.
 
     Args:
         x: (N, C, H, W), or one or three spatial dimensions.
@@ -56,30 +69,38 @@ def unit_statistics(
         dropout: probability p with which an entry is left out of the statistics.
         dropout_form: how, see the module's docstring. Units of fewer than 64 entries draw masks for "moments" too.
         padding_mode: as in `torch.nn.Conv2d`.
-
-    Returns:
-        mean and var, each (N, 1, O, P).
     """
     if dropout_form not in DROPOUT_FORMS:
         raise UnknownName("dropout_form", dropout_form, DROPOUT_FORMS)
     box = _Box(x.shape[2:], kernel_size, stride, padding, dilation, padding_mode)
+    n = x.shape[1] * math.prod(kernel_size)
+    if dropout_form == "moments" and n < SMALLEST_GAUSSIAN_UNIT:
+        dropout_form = "shared"
+    gaussian = dropout > 0 and dropout_form == "moments"
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, var = _plain(x, box)
+        maps = channel_moments(x, 4 if gaussian else 2)
+        mean, var = _combine(maps[:, :2], box)
         if not dropout:
-            return mean, var
-        n = x.shape[1] * math.prod(kernel_size)
+            return UnitStatistics(mean, var, mean)
         if dropout_form == "expected":
-            return mean, (var * (1 - dropout / n) + mean.square() * (dropout * (1 - 1 / n))) / (1 - dropout)
-        if dropout_form == "unit":
-            mean_d, var_d = _unit_masks(x, box, dropout)
-        elif dropout_form == "shared" or n < SMALLEST_GAUSSIAN_UNIT:
-            mean_d, var_d = _plain(F.dropout(x, dropout), box)
+            var = (var * (1 - dropout / n) + mean.square() * (dropout * (1 - 1 / n))) / (1 - dropout)
+            return UnitStatistics(mean, var, mean)
+        if gaussian:
+            dropped, dropped_var = _drawn_moments(box(box.pad(maps[:, 2:])), mean, var, dropout, n)
+        elif dropout_form == "shared":
+            dropped, dropped_var = _combine(channel_moments(F.dropout(x, dropout), 2), box)
         else:
-            mean_d, var_d = _moments(x, box, mean, var, dropout, n)
+            dropped, dropped_var = _unit_masks(x, box, dropout)
         # Dropout may leave a flat unit untouched but for its scale: var' = 0 beside a shifted mean, a quotient in the
         # hundreds (one flat RGB unit in four at p = 0.05). The shift that dropout causes is at most one SD.
-        return mean_d, torch.maximum(var_d, (mean_d - mean).square())
+        return UnitStatistics(dropped, torch.maximum(dropped_var, (dropped - mean).square()), mean)
+
+
+def unit_mean(x: Tensor, kernel_size, stride, padding: Pairs, dilation, *, padding_mode: str = "zeros") -> Tensor:
+    """The mean of every unit, (N, 1, O, P), in float32 or better. Arguments as `unit_statistics`."""
+    box = _Box(x.shape[2:], kernel_size, stride, padding, dilation, padding_mode)
+    with torch.autocast(x.device.type, enabled=False):
+        return box(box.pad(x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))))
 
 
 class _Box:
@@ -115,12 +136,13 @@ class _Box:
             yield x[(slice(None), slice(None), *where)]
 
 
-def _plain(x: Tensor, box: _Box) -> tuple[Tensor, Tensor]:
-    """Two levels, variance within the pixels plus variance between them, both about a nearby point: E[u^2] - mu^2
-    would cancel on inputs with a large mean."""
-    between = x.mean(1, keepdim=True)  # (N, 1, H, W)
-    within = (x - between).square().mean(1, keepdim=True)
-    between, within = box.pad(between), box.pad(within)
+def _combine(maps: Tensor, box: _Box) -> tuple[Tensor, Tensor]:
+    """Channel means and variances per pixel (N, 2, H, W) -> mean and variance of every unit.
+
+    Two levels, the variance within the pixels plus the variance between them, both about a nearby point: E[u^2] - mu^2
+    would cancel on inputs with a large mean.
+    """
+    between, within = box.pad(maps).chunk(2, 1)
     shift = between.detach().mean(dim=tuple(range(1, between.dim())), keepdim=True)  # any point near the mean will do
     between = between - shift
     mean, square, within = box(torch.cat([between, between.square(), within], 1)).chunk(3, 1)
@@ -131,22 +153,22 @@ def _unit_masks(x: Tensor, box: _Box, p: float) -> tuple[Tensor, Tensor]:
     places = math.prod(box.kernel_size)
     total = total_square = 0.0
     for entries in box.positions(box.pad(x)):
-        kept = F.dropout(entries, p)
+        kept = F.dropout(entries, p).to(torch.promote_types(x.dtype, torch.float32))
         total = total + kept.mean(1, keepdim=True)
         total_square = total_square + kept.square().mean(1, keepdim=True)
     mean = total / places
     return mean, (total_square / places - mean.square()).clamp_min(0)
 
 
-def _moments(x: Tensor, box: _Box, mean: Tensor, var: Tensor, p: float, n: int) -> tuple[Tensor, Tensor]:
+def _drawn_moments(raw: Tensor, mean: Tensor, var: Tensor, p: float, n: int) -> tuple[Tensor, Tensor]:
     """Draw (mu', var'). With m_j the unit's j-th moment and q = p / ((1 - p) n):
 
-    Var[mu'] = q m_2,  Var[m_2'] = q m_4 / (1 - p)^2,  Cov[mu', m_2'] = q m_3 / (1 - p)
+        Var[mu'] = q m_2,  Var[m_2'] = q m_4 / (1 - p)^2,  Cov[mu', m_2'] = q m_3 / (1 - p)
+
+    `raw` holds m_3 and m_4, (N, 2, O, P).
     """
-    tiny = torch.finfo(x.dtype).tiny
-    square = x.square()
-    maps = torch.cat([(square * x).mean(1, keepdim=True), square.square().mean(1, keepdim=True)], 1)
-    m3, m4 = box(box.pad(maps)).chunk(2, 1)
+    tiny = torch.finfo(mean.dtype).tiny
+    m3, m4 = raw.chunk(2, 1)
     m2 = (var + mean.square()).clamp_min(tiny)
     q = p / ((1 - p) * n)
     shift = (q * m2).sqrt() * torch.randn_like(mean)  # mu' - mu

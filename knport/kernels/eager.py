@@ -1,0 +1,131 @@
+"""The kernels in plain PyTorch operators, for every device. Differentiable twice, and under `torch.func.vmap`.
+
+Legend: N images, C channels, H x W the input's map, O x P the units, R rank of the offset.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def channel_moments(x: Tensor, order: int) -> Tensor:
+    """Per pixel over the channels: the mean, the variance and, for order 4, the third and fourth raw moments.
+
+    Args:
+        x: (N, C, H, W), or one or three spatial dimensions.
+        order: 2 or 4.
+
+    Returns:
+        (N, order, H, W) in float32 or better.
+    """
+    return _ChannelMoments.apply(x, order)
+
+
+class _ChannelMoments(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, order):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = x.mean(1, keepdim=True)
+        maps = [mean, (x - mean).square_().mean(1, keepdim=True)]
+        if order == 4:
+            square = x.square()
+            maps += [(square * x).mean(1, keepdim=True), square.square_().mean(1, keepdim=True)]
+        return torch.cat(maps, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.order = inputs
+        ctx.save_for_backward(x, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, maps = ctx.saved_tensors
+        grad = grad / x.shape[1]
+        slope = 2 * grad[:, 1:2]
+        constant = grad[:, :1] - slope * maps[:, :1]
+        wide = x.to(grad.dtype)
+        if ctx.order == 4:  # Horner: constant + x (slope + x (3 g_3 + x 4 g_4))
+            inner = torch.addcmul(3 * grad[:, 2:3], 4 * grad[:, 3:], wide)
+            slope = torch.addcmul(slope, inner, wide)
+        return torch.addcmul(constant, slope, wide).to(x.dtype), None
+
+
+def normalize_units(
+    convolved: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    offset: Tensor | None,
+    vectors: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(convolved - sum_r offset_r vectors_r) / sqrt(var + eps) + bias.
+
+    A unit whose spread is lost in the rounding of its mean is constant: its value is the bias, its gradient that of
+    the formula.
+
+    Args:
+        convolved: (N, C_out, O, P).
+        mean, var: (N, 1, O, P).
+        offset, vectors: (N, R, O, P) and (R, C_out), or None for R = 0.
+        bias: (C_out,) or None.
+        eps: added to the variance.
+        dtype: of the result; the arithmetic is in float32 or better.
+    """
+    return _NormalizeUnits.apply(convolved, mean.detach(), var, offset, vectors, bias, eps, dtype)
+
+
+def _channels(vector: Tensor, ndim: int) -> Tensor:
+    return vector[(..., *(None,) * ndim)]  # (C,) -> (C, 1, 1)
+
+
+class _NormalizeUnits(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(convolved, mean, var, offset, vectors, bias, eps, dtype):
+        ndim = convolved.dim() - 2
+        limits = torch.finfo(var.dtype)
+        rounding = (8 * limits.eps * mean).square()
+        rstd = (var + eps).rsqrt() * ((var + limits.tiny) / (var + rounding + limits.tiny))
+        scaled = convolved.to(var.dtype) * rstd if bias is None else _biased(convolved, rstd, bias, ndim)
+        for r in range(0 if offset is None else offset.shape[1]):
+            scaled = scaled.addcmul_(offset[:, r : r + 1] * rstd, _channels(vectors[r], ndim).to(var.dtype), value=-1)
+        return scaled.to(dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        convolved, _, var, offset, vectors, bias, ctx.eps, _ = inputs
+        ctx.save_for_backward(convolved, var, offset, vectors)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        convolved, var, offset, vectors = ctx.saved_tensors
+        ndim = grad.dim() - 2
+        grad = grad.to(var.dtype)
+        rstd = (var + ctx.eps).rsqrt()
+        over_units = (0, *range(2, grad.dim()))
+        grad_bias = None if ctx.bias_dtype is None else grad.sum(over_units).to(ctx.bias_dtype)
+        grad_rstd = (grad * convolved).sum(1, keepdim=True)
+        grad_convolved = grad * rstd
+        grad_offset = grad_vectors = None
+        if offset is not None:
+            wide = vectors.to(var.dtype)
+            along = [(grad * _channels(vector, ndim)).sum(1, keepdim=True) for vector in wide]
+            along = torch.cat(along, 1)  # (N, R, O, P)
+            grad_rstd = grad_rstd - (offset * along).sum(1, keepdim=True)
+            grad_offset = -rstd * along
+            each = [-(grad_convolved * offset[:, r : r + 1]).sum(over_units) for r in range(len(wide))]
+            grad_vectors = torch.stack(each).to(vectors.dtype)
+        grad_var = grad_rstd * (-0.5 * rstd.pow(3))
+        return grad_convolved.to(convolved.dtype), None, grad_var, grad_offset, grad_vectors, grad_bias, None, None
+
+
+def _biased(convolved: Tensor, rstd: Tensor, bias: Tensor, ndim: int) -> Tensor:
+    return torch.addcmul(_channels(bias, ndim).to(rstd.dtype), convolved.to(rstd.dtype), rstd)
