@@ -1,0 +1,150 @@
+"""convert: rewrite a vision network to kernel normalization. Read the model, plan, swap modules on a copy."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from torch import nn
+
+from knport.errors import KNPortError, NothingToConvert, UnsupportedModule
+from knport.surgery.budget import parameters_after, parameters_of
+from knport.surgery.config import KNConfig
+from knport.surgery.filters import select
+from knport.surgery.guard import refuse_wrapped
+from knport.surgery.head import missing_norms
+from knport.surgery.inplace import switch_off
+from knport.surgery.match import match, verdicts
+from knport.surgery.plan import ALREADY, FinalNorm, Plan, Verdict, structure_of
+from knport.surgery.read import read
+from knport.surgery.sites import blocked_sites, find_sites
+
+__all__ = ["KNConfig", "Plan", "Verdict", "convert", "plan"]
+
+
+def plan(
+    model: nn.Module,
+    config: KNConfig | None = None,
+    *,
+    include: Any = None,
+    exclude: Any = None,
+    example_inputs: Any = None,
+    match_params: Any = None,
+) -> Plan:
+    """What `convert` would do to `model`: one verdict and reason for every norm and every convolution.
+
+    Nothing is changed. The arguments are those of `convert`.
+
+    Example:
+        >>> plan = knport.plan(timm.create_model("resnet50"))
+        >>> print(plan)
+        >>> model = plan.apply(timm.create_model("resnet50", pretrained=True))
+    """
+    config = KNConfig() if config is None else config
+    _check_arguments(config, match_params)
+    refuse_wrapped(model)
+    sites = find_sites(model)
+    if "" in sites:
+        hint = "wrap it, torch.nn.Sequential(module), and convert that"
+        raise UnsupportedModule("", f"the model is itself a {sites[''].kind} ({type(model).__name__})", hint)
+    selection = select(model, {path: (path, *site.aliases) for path, site in sites.items()}, include, exclude)
+    graph = read(model, example_inputs)
+    blocked = blocked_sites(graph, sites, selection)
+    found = match(graph, sites, blocked, config)
+    removed = {i for path in found.absorbed for i in graph.calls[path]}
+    places, notes = missing_norms(graph, found.calls(graph)) if config.final_norm else ([], [])
+    rows = verdicts(graph, sites, blocked, found, config)
+    return Plan(
+        model=type(model).__name__,
+        config=config,
+        verdicts=rows,
+        final_norms=tuple(_final_norm(place, config) for place in places),
+        inplace_off=switch_off(graph, removed, dict(model.named_modules())),
+        notes=tuple(notes),
+        parameters=(parameters_of(model), parameters_after(model, rows)),
+        reader=graph.reader,
+        input_shape=graph.input_shape,
+        structure=structure_of(model),
+    )
+
+
+def convert(
+    model: nn.Module,
+    config: KNConfig | None = None,
+    *,
+    include: Any = None,
+    exclude: Any = None,
+    example_inputs: Any = None,
+    match_params: Any = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """A copy of `model` with kernel normalization in the place of its normalization layers.
+
+    A convolution before or behind a norm becomes a KNConv with the same weights and the norm goes; a norm that no
+    convolution can take over from, and the last one before the head, becomes a KernelNorm (Nasirigerdeh et al., TMLR
+    2024). 1x1 convolutions are enlarged (`KNConfig.enlarge`). Class, methods, names, hooks, device, dtype, train flag
+    and `requires_grad` stay. `knport.plan` with the same arguments says what is done and why.
+
+    Args:
+        model: a vision network with BatchNorm, GroupNorm or InstanceNorm.
+        config: see `KNConfig`.
+        include: the norms to convert; their convolutions follow. A glob (``"layer1.*"``) or ``"re:..."`` on full
+            dotted names, a module class, a callable (name, module) -> bool, or a list of those. What names a container
+            covers all in it.
+        exclude: norms and convolutions to leave alone, likewise.
+        example_inputs: what the model's forward takes, to read it with: a tensor, a tuple of arguments or a dict of
+            keyword arguments. Default: zeros of the size that the model states, else (2, channels, 224, 224).
+        match_params: not offered yet.
+        inplace: change `model` itself; an optimizer that was made before knows nothing of the new parameters.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        NothingToConvert: no norm can be converted.
+        UnmatchedPattern: a filter matches nothing.
+        AlreadyWrapped: the model is wrapped, compiled or prepared.
+        UnsupportedModule: a function works in place where that would corrupt a skip connection.
+        KNPortError: the model could not be run to read it. On any error nothing has changed.
+
+    Example:
+        >>> model = knport.convert(timm.create_model("resnet50"), knport.KNConfig(dropout=0.1), exclude="layer4")
+    """
+    made = plan(
+        model,
+        config,
+        include=include,
+        exclude=exclude,
+        example_inputs=example_inputs,
+        match_params=match_params,
+    )
+    if made.changes:
+        return made.apply(model, inplace=inplace)
+    if not any(verdict.verdict == ALREADY for verdict in made.verdicts):
+        raise NothingToConvert(_nothing(made))
+    warnings.warn(f"{made.model} is converted already; nothing was changed", UserWarning, stacklevel=2)
+    return model if inplace else copy.deepcopy(model)
+
+
+def _check_arguments(config: KNConfig, match_params: Any) -> None:
+    if not isinstance(config, KNConfig):
+        raise KNPortError(f"config={config!r}; expected a knport.KNConfig")
+    if match_params is not None:
+        raise KNPortError(
+            f"match_params={match_params!r} is not offered yet; KNConfig(enlarge='none') or 'window' keeps the "
+            "parameter count"
+        )
+
+
+def _final_norm(place, config: KNConfig) -> FinalNorm:
+    before = "the activation before the pooling" if place.role == "act" else "where the head begins"
+    return FinalNorm(path=place.path, before=before, dropout=config.final_dropout, ndim=place.ndim)
+
+
+def _nothing(made: Plan) -> str:
+    norms = {v.layer.split()[0]: v.reason for v in made.verdicts if v.kind == "norm"}
+    if not norms:
+        return f"{made.model} holds no normalization to convert"
+    seen = "; ".join(f"{layer}: {reason}" for layer, reason in norms.items())
+    return f"no normalization of {made.model} can be converted ({seen})"

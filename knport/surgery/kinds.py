@@ -1,0 +1,111 @@
+"""What a module is to the surgery: a norm, a convolution, one of ours, or something to look through."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
+
+from knport.layers import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d
+
+KN_CONVS = {1: KNConv1d, 2: KNConv2d, 3: KNConv3d}
+KN_NORMS = {1: KernelNorm1d, 2: KernelNorm2d, 3: KernelNorm3d}
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORM_NAME = re.compile(r"(Norm|Abn)(?![a-z])")  # LayerNorm2d, EvoNorm2dS0, InplaceAbn; not Normalize
+_KNOWN_LIBRARIES = ("torch.", "timm.", "torchvision.")
+
+
+def kind(module: nn.Module) -> str:
+    """One of "kn_conv", "kn_norm", "conv", "norm", "linear", "other"."""
+    if isinstance(module, tuple(KN_CONVS.values())):
+        return "kn_conv"
+    if isinstance(module, tuple(KN_NORMS.values())):
+        return "kn_norm"
+    if isinstance(module, _ConvNd) or _convolves_by_itself(module):
+        return "conv"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    return "norm" if _is_norm(module) else "other"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
+        return True
+    if not _NORM_NAME.search(type(module).__name__):
+        return False
+    return all(kind(child) == "other" for child in module.children())  # a ConvNormAct is a container
+
+
+def _convolves_by_itself(module: nn.Module) -> bool:
+    """A class of its own that holds a convolution's weight, such as timm's CondConv2d."""
+    own = dict(module.named_parameters(recurse=False))
+    return "Conv" in type(module).__name__ and "weight" in own and not list(module.children())
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether the readers see `module` as one node: norms, convolutions, linears, activations; containers never."""
+    if kind(module) != "other":
+        return True
+    if not list(module.children()) and not list(module.parameters()):
+        return True
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return False
+    hides_sites = any(kind(part) in ("norm", "conv", "kn_conv", "kn_norm") for part in module.modules())
+    return type(module).__module__.startswith("torch.nn") and not hides_sites
+
+
+def norm_problem(module: nn.Module) -> str | None:
+    """Why this norm cannot give way to kernel normalization, or None."""
+    name = type(module).__name__
+    if "forward" in vars(module):
+        return "its forward is patched on the instance"
+    if isinstance(module, nn.LayerNorm) and "2d" not in name:
+        return f"{name} normalizes the last dimension (tokens or channels-last maps); not offered yet"
+    known = isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm)
+    if not known and not name.startswith("FrozenBatchNorm"):
+        return f"{name} is no kin of BatchNorm, GroupNorm or InstanceNorm; not offered yet"
+    if not type(module).forward.__module__.startswith(_KNOWN_LIBRARIES):
+        return f"{name} has its own forward, which kernel normalization would drop"
+    return None
+
+
+def conv_problem(module: nn.Module) -> str | None:
+    """Why this convolution cannot become a KNConv, or None."""
+    name = type(module).__name__
+    base = next((base for base in _CONVS if isinstance(module, base)), None)
+    if isinstance(module, _ConvTransposeNd):
+        return "transposed convolution; not offered yet"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first to convert it"
+    if base is None:
+        return f"{name} is a convolution of its own kind; not offered yet"
+    if "forward" in vars(module):
+        return "its forward is patched on the instance"
+    if module._parameters.get("weight") is None:
+        return "its weight is computed (weight_norm, spectral_norm or pruning); make it permanent first to convert it"
+    if type(module).forward is not base.forward or type(module)._conv_forward is not base._conv_forward:
+        return f"{name} has its own forward, which KNConv would drop"
+    return None
+
+
+def fused_parts(norm: nn.Module) -> list[nn.Module]:
+    """The dropout and the activation inside a fused norm (timm's BatchNormAct2d and kin), in order of their calls."""
+    parts = [getattr(norm, name, None) for name in ("drop", "act")]
+    return [part for part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]
+
+
+def describe(module: nn.Module) -> str:
+    """A short description: ``Conv2d 64->128 3x3 s2``, ``BatchNormAct2d 64 + ReLU``."""
+    name = type(module).__name__
+    if isinstance(module, _ConvNd):
+        size = "x".join(map(str, module.kernel_size))
+        stride = "" if set(module.stride) == {1} else " s" + "x".join(map(str, dict.fromkeys(module.stride)))
+        groups = "" if module.groups == 1 else f" groups {module.groups}"
+        return f"{name} {module.in_channels}->{module.out_channels} {size}{stride}{groups}"
+    width = next((getattr(module, a) for a in ("num_features", "num_channels") if hasattr(module, a)), "")
+    parts = "".join(f" + {type(part).__name__}" for part in fused_parts(module))
+    return f"{name} {width}".rstrip() + parts

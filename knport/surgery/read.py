@@ -1,0 +1,107 @@
+"""Read a model into a `Graph` without touching it: on a copy, on the meta device where possible.
+
+torch.fx with our own leaf rule is tried first; a model that it cannot trace is executed once with its calls recorded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from knport.errors import KNPortError
+from knport.surgery.graph import Graph
+from knport.surgery.kinds import is_leaf
+from knport.surgery.read_fx import read_fx
+from knport.surgery.read_run import read_run
+
+_FALLBACK_SIZES = {1: (224, 32), 2: (224, 32), 3: (32, 16)}  # pixels per side for a model that states none
+_Reader = Callable[[nn.Module, tuple, dict, dict], Graph]
+
+
+def read(model: nn.Module, example_inputs: Any = None, readers: tuple[_Reader, ...] = (read_fx, read_run)) -> Graph:
+    """The data flow of `model` in evaluation mode.
+
+    Args:
+        model: any module; its parameters, buffers, flags and the random state stay as they are.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. Default: zeros of the
+            size that the model states (timm's `pretrained_cfg`), else (2, channels, 224, 224), else 32 pixels.
+        readers: tried in order.
+
+    Raises:
+        KNPortError: no reader could run the model on these inputs.
+    """
+    problem: Exception | None = None
+    for args, kwargs in _candidates(model, example_inputs):
+        for device in ("meta", "cpu"):
+            for reader in readers:
+                try:
+                    return _read_once(model, args, kwargs, device, reader)
+                except Exception as error:  # a user's forward may raise anything; the next reader may do without
+                    problem = problem or error
+    raise KNPortError(
+        f"could not run {type(model).__name__} to read it ({type(problem).__name__}: {problem}); "
+        "pass example_inputs=, what its forward takes: a tensor, a tuple of arguments or a dict"
+    ) from problem
+
+
+def _read_once(model: nn.Module, args: tuple, kwargs: dict, device: str, reader: _Reader) -> Graph:
+    twin = copy_onto(model, device).eval()
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device), (args, kwargs))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return reader(twin, args, kwargs, _leaves(twin))
+
+
+def copy_onto(model: nn.Module, device: str) -> nn.Module:
+    """A deep copy without hooks whose parameters and buffers lie on `device`; nothing is copied for "meta"."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        twin = torch.empty_like(tensor, device="meta") if device == "meta" else tensor.detach().to(device, copy=True)
+        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():  # a user's hooks must not fire while we read
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if "weight" in module._parameters or not hasattr(module, "weight"):  # old weight_norm lives in a hook
+                hooks.clear()
+    return twin
+
+
+def _leaves(model: nn.Module) -> dict[int, str]:
+    """id of every outermost leaf module -> its first path."""
+    leaves: dict[int, str] = {}
+    below: set[int] = set()
+    for path, module in model.named_modules():
+        if path and id(module) not in below and is_leaf(module):
+            leaves[id(module)] = path
+            below.update(id(part) for part in module.modules() if part is not module)
+    return leaves
+
+
+def _candidates(model: nn.Module, example_inputs: Any) -> Iterator[tuple[tuple, dict]]:
+    if isinstance(example_inputs, Mapping):
+        yield (), dict(example_inputs)
+    elif example_inputs is not None:
+        yield (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+    else:
+        for size in _default_sizes(model):
+            yield (torch.zeros(2, *size, dtype=_dtype(model), device="meta"),), {}
+
+
+def _default_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Input sizes (channels, ...) to try, what the model states first."""
+    stated = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = stated.get("input_size") if isinstance(stated, Mapping) else getattr(stated, "input_size", None)
+    if size:
+        yield tuple(size)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
+    ndim, channels = (2, 3) if first is None else (first.weight.dim() - 2, first.in_channels)
+    for side in _FALLBACK_SIZES[ndim]:
+        yield (channels, *(side,) * ndim)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())

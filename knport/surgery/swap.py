@@ -1,0 +1,106 @@
+"""Carry a plan out: build every new module first, then put each in the place of the old one under all its names."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from knport.surgery.config import KNConfig
+from knport.surgery.enlarge import embed, enlarged_padding
+from knport.surgery.kinds import KN_CONVS, KN_NORMS, fused_parts
+
+if TYPE_CHECKING:
+    from knport.surgery.plan import FinalNorm, Plan, Verdict
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def swap(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """`model`, or by default a deep copy of it, with the modules of `plan` replaced."""
+    model = model if inplace else copy.deepcopy(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new = {id(modules[v.path]): _replacement(modules[v.path], v, plan.config) for v in plan.verdicts if v.changes}
+    for place in plan.final_norms:
+        old = modules[place.path]
+        new[id(old)] = _in_mode(nn.Sequential(_kernel_norm(place, plan.config, old), old), old)
+    switched = [modules[path] for path in plan.inplace_off]
+    # Nothing has been changed up to here; what follows cannot fail.
+    for module in switched:
+        module.inplace = False
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():  # not named_children: it hides the second name of a shared module
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
+    return model
+
+
+def _replacement(old: nn.Module, verdict: Verdict, config: KNConfig) -> nn.Module:
+    if verdict.kind == "conv":
+        return _adopt(_kn_conv(old, verdict, config), old)
+    parts = fused_parts(old)
+    if verdict.verdict == "KernelNorm":
+        parts = [_kernel_norm(verdict, config, old), *parts]
+    hooked = any(getattr(old, hooks) for hooks in _HOOKS[:-1])
+    if len(parts) == 1 and not hooked:
+        return parts[0]
+    return _adopt(nn.Sequential(*parts) if parts else nn.Identity(), old)
+
+
+def _kernel_norm(site: Verdict | FinalNorm, config: KNConfig, old: nn.Module) -> nn.Module:
+    options = {**config.layer_options(), "dropout": site.dropout}
+    return _in_mode(KN_NORMS[site.ndim](1, **options), old)
+
+
+def _kn_conv(old: nn.Module, verdict: Verdict, config: KNConfig) -> nn.Module:
+    """The KNConv in the place of a convolution, with its weights."""
+    size = verdict.enlarge
+    weight = old.weight
+    new = KN_CONVS[verdict.ndim](
+        old.in_channels,
+        old.out_channels,
+        size or old.kernel_size,
+        old.stride,
+        enlarged_padding(old, size, verdict.side) if size else old.padding,
+        1 if size else old.dilation,
+        old.groups,
+        padding_mode=old.padding_mode,
+        norm_window=verdict.norm_window,
+        device="meta",
+        dtype=weight.dtype,
+        **{**config.layer_options(), "dropout": verdict.dropout},
+    )
+    bias = old.bias
+    if bias is None:
+        bias = nn.Parameter(weight.detach().new_zeros(old.out_channels), requires_grad=weight.requires_grad)
+    if size:
+        large = embed(weight.detach(), size, verdict.side)
+        weight = nn.Parameter(large, requires_grad=weight.requires_grad)
+    new.weight, new.bias = weight, bias
+    if size and config.init == "fresh":
+        kept = bias.detach().clone()
+        new.reset_parameters()  # draws a bias too
+        bias.data.copy_(kept)
+    return new
+
+
+def _adopt(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Give `new` the hooks and the train flag of `old`; the dictionaries themselves, so that handles keep working."""
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    return _in_mode(new, old)
+
+
+def _in_mode(new: nn.Module, old: nn.Module) -> nn.Module:
+    new.training = old.training  # not .train(): the parts that were there before keep their own flags
+    return new
