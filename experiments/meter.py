@@ -30,14 +30,12 @@ class LossMeter:
     Args:
         device: where the losses are.
         total_steps: of the run; `losses.csv` gets the mean of every ``ceil(total_steps / 2000)`` steps.
-        state: what `state()` gave at a checkpoint, to go on from there.
     """
 
-    def __init__(self, device: torch.device, total_steps: int, state: dict[str, Any] | None = None):
+    def __init__(self, device: torch.device, total_steps: int):
         self.buffer, self.used = torch.zeros(CAPACITY, device=device), 0
         self.every = math.ceil(total_steps / CURVE_POINTS)
-        state = state or {"sum": 0.0, "count": 0, "pending": []}
-        self.sum, self.count, self.pending = state["sum"], state["count"], list(state["pending"])
+        self.sum, self.count, self.pending = 0.0, 0, []
 
     def add(self, loss: Tensor) -> bool:
         """Note the loss of a step; True when the buffer is full and must be flushed."""
@@ -76,7 +74,11 @@ class LossMeter:
         return mean
 
     def state(self) -> dict[str, Any]:
+        """What `load` needs to go on from here, as JSON."""
         return {"sum": self.sum, "count": self.count, "pending": self.pending}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.sum, self.count, self.pending = state["sum"], state["count"], list(state["pending"])
 
 
 def reset_peak_memory(device: torch.device) -> None:

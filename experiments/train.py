@@ -99,11 +99,11 @@ def _result(folder: RunFolder, loop: Loop) -> dict[str, Any]:
     row = folder.last_row()
     return {
         **{name: row[name] for name in ("top1", "top5")},
-        "best_top1": loop.best_top1,
+        "best_top1": loop.state.best_top1,
         **{name: row[name] for name in ("test_loss", "train_loss")},
-        "steps": loop.step,
+        "steps": loop.state.step,
         "epochs": row["epoch"],
-        "seconds": loop.seconds,
+        "seconds": loop.state.seconds,
     }
 
 

@@ -1,0 +1,106 @@
+"""What a run cannot recompute from its configuration and step: weights, optimizer, average, and where it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from experiments import checkpoint
+from experiments.meter import LossMeter
+from experiments.run import Run
+
+VALUES = ("step", "evaluated", "best_top1", "best_step", "seconds")
+
+
+class State:
+    """Everything that a checkpoint holds.
+
+    Args:
+        run: the run.
+        net: the model on its device; trained in place.
+        total_steps: of the run.
+        scaler: of fp16's gradients, or None.
+    """
+
+    step = 0
+    """Optimizer steps done."""
+    evaluated = 0
+    """Step of the last evaluation that is in the log."""
+    best_top1 = -1.0
+    """Best accuracy so far, in percent."""
+    best_step = 0
+    """Its step."""
+    seconds = 0.0
+    """Time spent training, over all starts, without evaluation and checkpoints."""
+
+    def __init__(self, run: Run, net: nn.Module, total_steps: int, scaler: torch.amp.GradScaler | None):
+        self.run, self.net, self.scaler = run, net, scaler
+        self.parameters = list(net.parameters())
+        device = self.parameters[0].device
+        self.meter = LossMeter(device, total_steps)
+        self.average = copy.deepcopy(net).requires_grad_(False) if run.ema else None
+        self.averaged = list(self.average.parameters()) if run.ema else []
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=run.lr,
+            momentum=run.momentum,
+            weight_decay=run.weight_decay,
+            fused=device.type in ("cpu", "cuda") or None,
+        )
+
+    @property
+    def evaluated_net(self) -> nn.Module:
+        """The weights that are tested and published: the average's where there is one."""
+        return self.net if self.average is None else self.average
+
+    def update_average(self) -> None:
+        """Move the average towards the weights of step `step`; the decay grows to `run.ema` and depends on it alone."""
+        if self.average is not None:
+            decay = min(self.run.ema, (1 + self.step) / (10 + self.step))
+            get_ema_multi_avg_fn(decay)(self.averaged, self.parameters, self.step)
+
+    def copy_buffers(self) -> None:
+        """The average has the buffers (BatchNorm's) of the weights in training."""
+        if self.average is not None:
+            for own, buffer in zip(self.average.buffers(), self.net.buffers(), strict=True):
+                own.copy_(buffer)
+
+    def finite(self) -> bool:
+        """Whether all weights are: the update after a finite loss may still have overflowed."""
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters])
+        return bool(torch.stack(norms).isfinite().all())
+
+    def tensors(self) -> checkpoint.Tensors:
+        """`model` is what was evaluated; with an average, `in_training` are the weights it follows."""
+        optimizer = {
+            f"{name}/{key}": value
+            for name, parameter in self.net.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+        tensors = {"model": self.evaluated_net.state_dict(), "optimizer": optimizer}
+        return tensors if self.average is None else tensors | {"in_training": self.net.state_dict()}
+
+    def values(self) -> dict[str, Any]:
+        """The rest, as JSON."""
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {name: getattr(self, name) for name in VALUES} | {"losses": self.meter.state(), "scaler": scaler}
+
+    def load(self, tensors: checkpoint.Tensors, values: dict[str, Any]) -> None:
+        """Become what `tensors` and `values` were taken from."""
+        self.net.load_state_dict(tensors.get("in_training", tensors["model"]))
+        if self.average is not None:
+            self.average.load_state_dict(tensors["model"])
+        named = dict(self.net.named_parameters())
+        for name, value in tensors["optimizer"].items():
+            path, _, key = name.rpartition("/")
+            self.optimizer.state[named[path]][key] = torch.empty_like(named[path]).copy_(value)
+        for name in VALUES:
+            setattr(self, name, values[name])
+        self.meter.load(values["losses"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(values["scaler"])

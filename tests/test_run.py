@@ -1,0 +1,145 @@
+"""Recipes, the resolved run, the learning rate, and the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+
+from experiments import recipes
+from experiments.__main__ import main
+from experiments.run import Run, differences, resolve
+from experiments.schedule import learning_rate
+from knport.errors import KNPortError, UnknownName
+
+
+@pytest.mark.parametrize(
+    ("model", "norm", "batch_size", "lr"),
+    [
+        ("knresnet18", "original", 2, 0.0015625),
+        ("knresnet50", "original", 32, 0.025),
+        ("timm/resnet34", "kernel", 256, 0.2),
+        ("timm/resnet18", "original", 2, 0.00078125),
+        ("torchvision/resnet50", "original", 256, 0.1),
+        ("timm/resnet50", "group", 2, 0.00078125),
+        ("timm/resnet18", "layer", 32, 0.0125),
+        ("timm/resnet18", "group", 256, 0.1),
+    ],
+)
+def test_published_learning_rates(model, norm, batch_size, lr):
+    run = resolve("cifar100", model=model, norm=norm, batch_size=batch_size)
+    assert run.lr == lr
+    assert run.scaling == ("unit" if "kn" in model or norm == "kernel" else "standard")
+    assert (run.epochs, run.weight_decay, run.momentum, run.schedule) == (150, 5e-4, 0.9, "cosine")
+
+
+def test_cifar10_defaults():
+    run = resolve("cifar10", model="knresnet18")
+    assert (run.batch_size, run.epochs, run.lr, run.weight_decay) == (128, 70, 0.1, 0.0)
+
+
+def test_learning_rates_between_and_outside_the_table():
+    table = {2: 0.01, 32: 0.08}
+    assert recipes.tabulated(table, 8) == pytest.approx(0.01 * 8**0.5)
+    assert recipes.tabulated(table, 1) == pytest.approx(0.005)
+    assert recipes.tabulated(table, 64) == pytest.approx(0.16)
+
+
+def test_cosine_is_the_published_schedule():
+    run = resolve("cifar100", epochs=5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=run.lr)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5, eta_min=0.01 * run.lr)
+    for epoch in range(5):
+        for step in (0, 3, 6):
+            assert learning_rate(run, 7 * epoch + step, 7, 35) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+def test_cosine_by_step_and_warmup():
+    run = resolve("digits", lr=1.0, schedule="cosine-step", warmup=9)
+    rates = [learning_rate(run, step, 10, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(rates[9], rel=0.05)
+    assert rates[99] == pytest.approx(0.01, rel=0.05)
+    assert sorted(rates[9:], reverse=True) == rates[9:]
+
+
+def test_every_field_has_a_default_and_a_place_in_the_default_folder():
+    assert len(fields(Run)) <= 30
+    assert resolve("digits", model="timm/resnet18", norm="group", seed=3).run_dir == (
+        "runs/digits/timm-resnet18-group-b32-s3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"recipe": "cifar1000"}, "unknown recipe 'cifar1000'; did you mean 'cifar100'"),
+        ({"learning_rate": 1.0}, "unknown field of Run 'learning_rate'"),
+        ({"batch_size": -1}, "batch_size is -1; expected at least 1"),
+        ({"lr": 0.0}, "lr is 0.0; expected above 0"),
+        ({"ema": 1.0}, r"ema is 1.0; expected in \[0, 1\)"),
+        ({"schedule": "cosin"}, "schedule is 'cosin'; expected one of"),
+        ({"steps": 0}, "steps is 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+    ],
+)
+def test_bad_values(settings, match):
+    with pytest.raises(KNPortError, match=match):
+        resolve(**{"recipe": "digits", **settings})
+
+
+def test_differences_are_those_that_change_the_result():
+    run = resolve("digits")
+    other = resolve("digits", lr=0.1, run_dir="elsewhere", checkpoint_every=3, track="tensorboard")
+    assert differences(vars(run), other) == {"lr": (0.05, 0.1)}
+
+
+def test_help_is_fast_because_torch_is_not_imported():
+    script = (
+        "import sys; from experiments.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for args in ([], ["train", "cifar10", "--model", "knresnet18", "--help"]):
+        done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "usage: python -m experiments" in done.stdout
+    assert "(default: 0.1)" in done.stdout  # the recipe's learning rate for this model
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'"),
+        (["train", "digit"], "unknown recipe 'digit'; did you mean 'digits'"),
+        (["train", "cifar10", "--data-dir", "nowhere"], "nowhere does not exist"),
+        (["train", "--batch-size", "30", "--accumulate", "4"], "does not divide over 1 processes x 4 micro-batches"),
+        (["train", "--processes", "2"], "accelerate launch --multi_gpu --num_processes 2"),
+        (["train", "--model", "cifar_resnet9"], "unknown model 'cifar_resnet9'; did you mean 'cifar_resnet"),
+        (["train", "--norm", "grup"], "unknown norm 'grup'; did you mean 'group'"),
+    ],
+)
+def test_errors_are_one_message(tmp_path, monkeypatch, capsys, args, match):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert match in error
+    assert "Traceback" not in error
+
+
+def test_unknown_names_are_value_errors():
+    with pytest.raises(UnknownName):
+        recipes.get("imagenet")
+    assert issubclass(UnknownName, ValueError)
+
+
+def test_list(capsys):
+    assert main(["list", "knresnet"]) == 0
+    assert "knresnet18" in capsys.readouterr().out
