@@ -39,6 +39,7 @@ def report(folder: tyro.conf.Positional[Path]) -> Path:
     results = load(folder)
     if any(folder.glob("*/run.json")) or (folder / NOTES).exists():
         write(folder, results)
+        results = read(folder)  # the report shows the digits that the tables hold
     write_text(folder / "report.md", markdown(results.rows))
     write_text(folder / "report.html", page.html(results, READING))
     return folder / "report.html"

@@ -1,0 +1,76 @@
+"""Rewrite the README's result table and picture from a committed CSV: `python -m experiments.readme_table`.
+
+What stands between the two marker comments is replaced; nothing in it is written by hand. The picture is written
+beside the CSV.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from experiments import page, plots, tables
+from experiments.results import Row, read, write_text
+from experiments.summary import batch_sizes_of, headline, series_of
+from knport.errors import KNPortError
+
+BEGIN, END = "<!-- results: made by python -m experiments.readme_table -->", "<!-- end of results -->"
+PICTURE = "accuracy.svg"
+
+
+def readme_table(
+    csv: Path = Path("experiments/results/cifar100/results.csv"),
+    readme: Path = Path("README.md"),
+) -> None:
+    """Rewrite the part of `readme` between the markers, and the picture beside `csv`.
+
+    Raises:
+        KNPortError: no such CSV, or no markers in the README.
+    """
+    rows = read(csv).rows
+    picture = csv.with_name(PICTURE)
+    text = updated(readme.read_text(encoding="utf-8"), section(rows, csv.as_posix(), picture.as_posix()))
+    write_text(picture, plots.accuracy_plot(series_of(rows), batch_sizes_of(rows), themed=False))
+    write_text(readme, text)
+
+
+def updated(text: str, content: str) -> str:
+    """`text` with what stands between the markers replaced by `content`.
+
+    Raises:
+        KNPortError: a marker is missing, stands twice, or the two are in the wrong order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise KNPortError(f"README: expected the line {BEGIN!r} once and after it the line {END!r} once")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    return f"{before}{BEGIN}\n\n{content}\n\n{after}"
+
+
+def section(rows: tuple[Row, ...], csv: str, picture: str) -> str:
+    """Headline, table, remarks, setting, picture, command and source, as Markdown; paths relative to the README."""
+    row = rows[0]
+    images = f"{row.train_images:,} training and {row.test_images:,} test images of {row.classes} classes"
+    parts = [headline(rows), tables.accuracy(rows).markdown(), *tables.remarks(rows)]
+    parts.append(f"![Top-1 accuracy against batch size]({picture})")
+    parts.append(f"Top-1 in percent after the last step, mean ± SD over n seeds; {row.recipe}, {images}.")
+    parts.append("<details><summary>Setting and command</summary>")
+    parts += [tables.settings(rows).markdown(), page.machine(rows)]
+    parts += [f"```\n{command}\n```" for command in page.commands(rows)]
+    parts.append(f"Every number is made from [{csv}]({csv}).\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def main() -> int:
+    """The command line; an error is one line and exit code 2."""
+    try:
+        tyro.cli(readme_table, prog="python -m experiments.readme_table")
+    except KNPortError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
