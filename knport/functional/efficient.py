@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knport.functional.geometry import Pairs, ntuple, pad, padding_pairs, window_pairs
-from knport.functional.statistics import unit_mean, unit_statistics
+from knport.functional.statistics import full_precision, unit_mean, unit_statistics
 from knport.kernels import normalize_units
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -129,7 +129,8 @@ def kn_conv(
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _convolve(x, weight, stride, pairs, dilation, groups, padding_mode) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -142,7 +143,7 @@ def _convolve(x, weight, stride, pairs, dilation, groups, padding_mode) -> tuple
     if groups > 1:
         # A group's mean is not the unit's, so its filters cannot be centred: U * W and mu sum(W) may both be large,
         # and only full precision tells them apart.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             x = x.to(exact.dtype)
             return _padded_convolution(x, exact, stride, pairs, dilation, groups, padding_mode), exact_sum, exact_sum
     centred = exact - exact.mean(dim=tuple(range(1, weight.dim())), keepdim=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,12 @@ SMALLEST_GAUSSIAN_UNIT = 64
 
 _AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def full_precision(x: Tensor):
+    """The context in which autocast lets the arithmetic on `x` be."""
+    device = x.device.type  # the meta device has no autocast to switch off
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class UnitStatistics(NamedTuple):
@@ -77,7 +84,7 @@ def unit_statistics(
     if dropout_form == "moments" and n < SMALLEST_GAUSSIAN_UNIT:
         dropout_form = "shared"
     gaussian = dropout > 0 and dropout_form == "moments"
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         maps = channel_moments(x, 4 if gaussian else 2)
         mean, var = _combine(maps[:, :2], box)
         if not dropout:
@@ -99,7 +106,7 @@ def unit_statistics(
 def unit_mean(x: Tensor, kernel_size, stride, padding: Pairs, dilation, *, padding_mode: str = "zeros") -> Tensor:
     """The mean of every unit, (N, 1, O, P), in float32 or better. Arguments as `unit_statistics`."""
     box = _Box(x.shape[2:], kernel_size, stride, padding, dilation, padding_mode)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         return box(box.pad(x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))))
 
 

@@ -30,10 +30,11 @@ class _ChannelMoments(Function):
     def forward(x, order):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = x.mean(1, keepdim=True)
-        maps = [mean, (x - mean).square_().mean(1, keepdim=True)]
+        deviation = x - mean
+        maps = [mean, deviation.mul_(deviation).mean(1, keepdim=True)]
         if order == 4:
-            square = x.square()
-            maps += [(square * x).mean(1, keepdim=True), square.square_().mean(1, keepdim=True)]
+            square = x * x
+            maps += [(square * x).mean(1, keepdim=True), square.mul_(square).mean(1, keepdim=True)]
         return torch.cat(maps, 1)
 
     @staticmethod
@@ -95,7 +96,9 @@ class _NormalizeUnits(Function):
         rstd = (var + eps).rsqrt() * ((var + limits.tiny) / (var + rounding + limits.tiny))
         scaled = convolved.to(var.dtype) * rstd if bias is None else _biased(convolved, rstd, bias, ndim)
         for r in range(0 if offset is None else offset.shape[1]):
-            scaled = scaled.addcmul_(offset[:, r : r + 1] * rstd, _channels(vectors[r], ndim).to(var.dtype), value=-1)
+            scaled = torch.addcmul(
+                scaled, offset[:, r : r + 1] * rstd, _channels(vectors[r], ndim).to(var.dtype), value=-1
+            )
         return scaled.to(dtype)
 
     @staticmethod
