@@ -14,10 +14,12 @@ from knport.errors import (
     UnsupportedModule,
 )
 from knport.layers import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d
+from knport.surgery import KNConfig, convert, plan
 from knport.surgery.replace import replace_norm
 
 __all__ = [
     "AlreadyWrapped",
+    "KNConfig",
     "KNConv1d",
     "KNConv2d",
     "KNConv3d",
@@ -29,6 +31,8 @@ __all__ = [
     "UnknownName",
     "UnmatchedPattern",
     "UnsupportedModule",
+    "convert",
     "functional",
+    "plan",
     "replace_norm",
 ]
