@@ -17,7 +17,7 @@ import tyro
 from experiments import data, tables, terminal
 from experiments.collect import collect, cost_key, read_notes, write_notes
 from experiments.cost import Batch, Network, cost_device, measure
-from experiments.grid import grid, key_of, planned_row
+from experiments.grid import grid, key_of, parse_fields, planned_row
 from experiments.models import build as build_model
 from experiments.report import report
 from experiments.results import Cost, write
@@ -46,6 +46,7 @@ def compare(
     steps: Sequence[int] = (),
     lr: Sequence[float] = (),
     extra: Sequence[str] = (),
+    override: Sequence[str] = (),
     classes: int | None = None,
     train_images: int | None = None,
     test_images: int | None = None,
@@ -65,12 +66,15 @@ def compare(
         norms: original, kernel, or competitors of `knport.replace_norm`.
         batch_sizes: images per step.
         seeds: of initialization, order, augmentation and dropout.
-        epochs, steps, lr: none for the recipe's, one value for all batch sizes, or one for each.
+        epochs: passes over the training images: none for the recipe's, one value for all batch sizes, or one for each.
+        steps: optimizer steps in place of epochs, given likewise.
+        lr: peak learning rates, given likewise.
         extra: further cells, ``MODEL:NORM:BATCH_SIZE[:FIELD=VALUE...]``, e.g. a large network with a smaller budget.
         classes: only the first so many classes.
         train_images: only so many training images, class-balanced.
         test_images: only so many test images.
         dropout: of every kernel normalization layer; None: the model's own.
+        override: further fields of a run for all cells, as FIELD=VALUE, e.g. mixed_precision=bf16 augment=none.
         eval_every: epochs between evaluations.
         data_dir: folder of the data set, or its parent.
         out: folder of the report and the run folders [runs/RECIPE].
@@ -89,8 +93,10 @@ def compare(
     options |= {"eval_every": eval_every, "data_dir": data_dir}
     lists = {"models": models, "norms": norms, "batch_sizes": batch_sizes, "seeds": seeds}
     per_batch_size = {"epochs": epochs, "steps": steps, "lr": lr}
-    runs = grid(recipe, **lists, per_batch_size=per_batch_size, extra=extra, out=folder, **options)
-    command = command or command_line(recipe, lists | per_batch_size | {"extra": extra} | options | {"out": out})
+    further = parse_fields(override)
+    runs = grid(recipe, **lists, per_batch_size=per_batch_size, extra=extra, out=folder, **options | further)
+    words = {"extra": extra, "override": override} | options | {"out": out}
+    command = command or command_line(recipe, lists | per_batch_size | words)
     return run_grid(runs, folder, command=command, cost_seconds=cost_seconds, quiet=quiet)
 
 

@@ -18,7 +18,7 @@ COMMAND = "python -m experiments demo"
 def demo(
     *,
     seeds: Sequence[int] = (0, 1),
-    epochs: Sequence[int] = (8, 15),
+    epochs: Sequence[int] = (5, 10),
     out: Path = Path("runs/demo"),
 ) -> Path:
     """Compare BatchNorm, GroupNorm and kernel normalization on scikit-learn's digits; returns the report's path.
@@ -43,7 +43,7 @@ def demo(
 
 
 def _command(seeds: Sequence[int], epochs: Sequence[int], out: Path) -> str:
-    given = {"seeds": (seeds, (0, 1)), "epochs": (epochs, (8, 15))}
+    given = {"seeds": (seeds, (0, 1)), "epochs": (epochs, (5, 10))}
     flags = [f"--{name} {' '.join(map(str, v))}" for name, (v, usual) in given.items() if tuple(v) != usual]
     flags += ["--out DIR" if out.is_absolute() else f"--out {out}"] * (out != Path("runs/demo"))
     return " ".join([COMMAND, *flags])

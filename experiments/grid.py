@@ -50,6 +50,8 @@ def grid(
             ]
         cells += [{"seed": seed} | cell for cell in map(parse_cell, extra) if cell.get("seed", seed) == seed]
     runs = [_resolved(recipe, out, overrides | cell) for cell in cells]
+    if not runs:
+        raise KNPortError("nothing to run; give at least one model, norm, batch size and seed, or an extra cell")
     return list({key_of(run): run for run in runs}.values())
 
 
@@ -62,13 +64,24 @@ def parse_cell(text: str) -> dict[str, Any]:
     parts = text.split(":")
     if len(parts) < 3 or not parts[2].isdigit() or not all("=" in part for part in parts[3:]):
         raise KNPortError(f"extra cell {text!r}; expected MODEL:NORM:BATCH_SIZE[:FIELD=VALUE...], e.g. {_EXAMPLE}")
-    cell = {"model": parts[0], "norm": parts[1], "batch_size": int(parts[2])}
-    for part in parts[3:]:
-        name, _, value = part.partition("=")
+    return {"model": parts[0], "norm": parts[1], "batch_size": int(parts[2])} | parse_fields(parts[3:])
+
+
+def parse_fields(texts: Sequence[str]) -> dict[str, Any]:
+    """``["epochs=2", "augment=none"]`` -> the fields of `Run` they set.
+
+    Raises:
+        KNPortError: not of that form, or an unknown field.
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise KNPortError(f"{text!r}; expected FIELD=VALUE, e.g. augment=none")
         if name not in RUN_FIELDS:
-            raise UnknownName("field of an extra cell", name, RUN_FIELDS)
-        cell[name] = _value(value)
-    return cell
+            raise UnknownName("field of a run", name, RUN_FIELDS)
+        found[name] = _value(value)
+    return found
 
 
 def key_of(run: Run) -> Key:
@@ -100,7 +113,9 @@ def _resolved(recipe: str, out: Path, cell: dict[str, Any]) -> Run:
     return resolve(recipe, **{"run_dir": str(out / name)} | cell)
 
 
-def _value(text: str) -> int | float | str:
+def _value(text: str) -> bool | int | float | str:
+    if text in ("True", "False"):
+        return text == "True"
     for kind in (int, float):
         try:
             return kind(text)

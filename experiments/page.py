@@ -37,7 +37,7 @@ def html(results: Results, reading: Sequence[str]) -> str:
         _list(tables.remarks(rows), "remarks"),
         "</section>",
         _curves(results, series, sizes),
-        _section("What a training step costs", _table(tables.costs(rows), series)),
+        _section("What a training step costs", _table(tables.costs(rows), series) + _measured_on(rows)),
         _section("Setting", _table(tables.settings(rows)) + _commands(rows)),
         _section("How to read this", _list([*reading, *_paper_note(rows)], "reading")),
     ]
@@ -109,7 +109,7 @@ def _curves(results: Results, series: Sequence[Series], sizes: Sequence[int]) ->
     figures = [_figure(plots.curves_plot(series, results.curves, size), f"batch size {size}") for size in sizes]
     if not figures:
         return ""
-    return _section("How they get there", f'<div class="panels">{"".join(figures)}</div>')
+    return _section("Accuracy by epoch", f'<div class="panels">{"".join(figures)}</div>')
 
 
 def _figure(svg: str, caption: str) -> str:
@@ -168,6 +168,16 @@ def _list(texts: Sequence[str], kind: str) -> str:
 
 def _commands(rows: Sequence[Row]) -> str:
     return "".join(f"<pre>{escape(command)}</pre>" for command in commands(rows))
+
+
+def measured_on(rows: Sequence[Row]) -> str:
+    """Where the times and memory were measured; empty if nowhere."""
+    devices = sorted({row.cost_device for row in rows if row.cost_device})
+    return f"Measured on {', '.join(devices)}." if devices else ""
+
+
+def _measured_on(rows: Sequence[Row]) -> str:
+    return f'<p class="note">{escape(measured_on(rows))}</p>' if measured_on(rows) else ""
 
 
 def _paper_note(rows: Sequence[Row]) -> list[str]:

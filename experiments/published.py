@@ -41,7 +41,7 @@ NAMES = {
 }
 
 
-def published(recipe: str, model: str, family: str, batch_size: int) -> float | None:
+def published(recipe: str, model: str, family: str, batch_size: int, classes: int | None = None) -> float | None:
     """The paper's top-1 in percent for our cell, None where the paper has no such cell.
 
     Args:
@@ -49,8 +49,9 @@ def published(recipe: str, model: str, family: str, batch_size: int) -> float | 
         model: our name; a network ported by `knport.convert` is not one of the paper's.
         family: the kind of norm in the network, as `experiments.cost.norm_family` says.
         batch_size: images per step.
+        classes: of our run; accuracies on a part of the classes have no published counterpart.
     """
-    if recipe != "cifar100" or batch_size not in BATCH_SIZES:
+    if recipe != "cifar100" or batch_size not in BATCH_SIZES or classes not in (None, 100):
         return None
     cells = TABLE_1.get((NAMES.get(model, ""), family))
     return cells[BATCH_SIZES.index(batch_size)] if cells else None

@@ -65,10 +65,10 @@ def markdown(rows: Sequence[Row]) -> str:
     """The whole report as Markdown, without pictures."""
     parts = [f"# {page.title(rows)}", headline(rows), tables.accuracy(rows).markdown()]
     parts += [f"- {note}" for note in tables.remarks(rows)]
-    parts += ["## Cost of a training step", tables.costs(rows).markdown()]
+    parts += ["## Cost of a training step", tables.costs(rows).markdown(), page.measured_on(rows)]
     parts += ["## Setting", tables.settings(rows).markdown(), page.machine(rows)]
     parts += [f"```\n{command}\n```" for command in page.commands(rows)]
     parts += ["## How to read this", *(f"- {text}" for text in READING)]
     if any(cell == "paper" for cell in tables.accuracy(rows).header):
         parts.append(f"- paper: {SOURCE}; {SETTING}.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"

@@ -71,7 +71,7 @@ class Cell:
     @property
     def published(self) -> float | None:
         row = self.rows[0]
-        return published(row.recipe, row.model, row.norm_family, self.batch_size)
+        return published(row.recipe, row.model, row.norm_family, self.batch_size, row.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +139,11 @@ def headline(rows: Iterable[Row]) -> str:
     if not rankings:
         return "No two norms of one model have finished at the same batch size and budget yet."
     text = "; ".join(_verdict(ranked, size) for size, ranked in rankings.items())
+    if len({s.model for s in series}) > 1:
+        text = f"{next(iter(rankings.values()))[0].model}: {text}"
     seeds = min(len(s.cells[size].values) for size, ranked in rankings.items() for s in ranked)
-    return text[0].upper() + text[1:] + ("." if seeds > 1 else " (one seed: its spread is not known).")
+    text = text if ":" in text else text[0].upper() + text[1:]
+    return text + ("." if seeds > 1 else " (one seed: its spread is not known).")
 
 
 def format_cell(cell: Cell | None) -> str:

@@ -79,6 +79,26 @@ def test_malformed_extra_cell(text):
         parse_cell(text)
 
 
+def test_overrides_reach_every_cell(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(comparing, "run_grid", lambda given, *args, **options: runs.extend(given))
+    tiny(tmp_path, override=("augment=none", "weight_decay=0", "compile=True"))
+    assert {(run.augment, run.weight_decay, run.compile) for run in runs} == {("none", 0, True)}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("augment", "expected FIELD=VALUE"), ("augmnt=none", "augment"), ("lr=-1", "above 0")]
+)
+def test_bad_override(override, message, tmp_path):
+    with pytest.raises(KNPortError, match=message):
+        tiny(tmp_path, override=(override,))
+
+
+def test_an_empty_grid_is_an_error(tmp_path):
+    with pytest.raises(KNPortError, match="nothing to run"):
+        tiny(tmp_path, models=())
+
+
 def test_unknown_names_before_anything_runs(tmp_path, trained):
     with pytest.raises(UnknownName, match="epochs"):
         parse_cell("m:kernel:2:epoch=1")
@@ -169,8 +189,8 @@ def test_the_command_stated_is_the_command(monkeypatch):
     """What the report prints, typed into a shell, gives the same call."""
     given = {
         "models": ("a", "timm/b"), "norms": ("original",), "batch_sizes": (2, 32), "seeds": (0,), "epochs": (3, 6),
-        "lr": (0.001, 0.05), "extra": ("x:kernel:8:epochs=1",), "classes": 20, "train_images": 1000, "dropout": 0.1,
-        "data_dir": "some where", "out": "runs/x",
+        "lr": (0.001, 0.05), "extra": ("x:kernel:8:epochs=1",), "override": ("augment=none",), "classes": 20,
+        "train_images": 1000, "dropout": 0.1, "data_dir": "some where", "out": "runs/x",
     }  # fmt: skip
     calls = []
 

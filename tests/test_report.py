@@ -123,6 +123,12 @@ def test_headline_owns_up_to_a_single_seed():
     assert "one seed" in headline([row("original", top1=20.0), row("kernel", top1=60.0)])
 
 
+def test_headline_names_the_model_where_there_are_several():
+    rows = [row(seed=s, top1=t, norm=n) for s in (0, 1) for n, t in (("original", 20.0), ("kernel", 60.0))]
+    assert headline(rows).startswith("At batch size 2 KernelNorm is best (60.0 %), 40.0 points above BatchNorm")
+    assert headline([*rows, row(model="other")]).startswith("m: at batch size 2 KernelNorm is best")
+
+
 def test_two_seeds_that_agree_by_chance_do_not_make_a_difference():
     """On 359 test images one image is 0.28 points: equal seeds alone prove nothing."""
     rows = [
@@ -170,6 +176,8 @@ def test_one_seed_shows_no_spread():
         (("cifar100", "cifar_resnet8", "batch", 32), None),
         (("cifar100", "knresnet18", "kernel", 64), None),
         (("cifar10", "knresnet18", "kernel", 32), None),
+        (("cifar100", "knresnet18", "kernel", 32, 100), 79.29),
+        (("cifar100", "knresnet18", "kernel", 32, 20), None),
     ],
 )
 def test_published_only_for_the_same_cell(cell, expected):
