@@ -36,6 +36,7 @@ def report(folder: tyro.conf.Positional[Path]) -> Path:
     Raises:
         KNPortError: the folder holds neither.
     """
+    folder = Path(folder)
     results = load(folder)
     if any(folder.glob("*/run.json")) or (folder / NOTES).exists():
         write(folder, results)
