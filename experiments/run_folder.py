@@ -11,12 +11,19 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings in one folder are then not noticed
+    fcntl = None
 
 from experiments import checkpoint
 from experiments.run import Run, differences
@@ -34,6 +41,21 @@ class RunFolder:
         self.run, self.path = run, Path(run.run_dir)
         self.last, self.previous, self.best = (self.path / name for name in ("last", "previous", "best"))
         self.log, self.losses = self.path / "log.csv", self.path / "losses.csv"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; it lets go however it dies. Raises `KNPortError` if another holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise KNPortError(
+                    f"{self.path}: another process is training here, perhaps one that outlived the launcher that"
+                    " started it; wait for it or end it, or give another --run-dir"
+                ) from error
+            yield
 
     def stored(self) -> dict[str, Any] | None:
         """What `run.json` holds, None if there is none. Raises `KNPortError` if another configuration made it."""
@@ -60,7 +82,6 @@ class RunFolder:
         return checkpoint.newest([self.last, self.previous])
 
     def write_run(self, content: dict[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "run.json", json.dumps({"run": asdict(self.run), **content}, indent=1) + "\n")
 
     def rewind(self, step: int, evaluated: int) -> None:

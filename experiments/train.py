@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     accelerator = _accelerator(run)
     _check_division(run, accelerator.num_processes)
     report = Report(run.run_dir, not quiet and accelerator.is_main_process)
-    with StopRequest() as stop, _deterministic(), _trackers(accelerator, run):
+    lock = folder.lock() if accelerator.is_main_process else nullcontext()
+    with lock, StopRequest() as stop, _deterministic(), _trackers(accelerator, run):
         return _train(run, accelerator, folder, report, stop)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -67,6 +68,13 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
+def saved_step(folder: Path) -> int:
+    try:
+        return json.loads((folder / "last" / "state.json").read_text())["step"]
+    except FileNotFoundError:  # between the two renames of a checkpoint, or before the first
+        return -1
+
+
 def at_step(monkeypatch, step: int, action) -> None:
     """Do `action` once, when `step` steps are done."""
     original = Loop._train_step
@@ -96,6 +104,35 @@ def test_the_bits_do_not_depend_on_a_crash(tmp_path, monkeypatch, steps, setting
                 train(tiny(tmp_path / "crashed", **settings), quiet=True)
     train(tiny(tmp_path / "crashed", **settings), quiet=True)
     assert contents(tmp_path / "crashed") == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def one_thread():
+    """A forked child cannot use the parent's thread pool, and sums must be cut alike in both."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a forked process cannot use the GPU; see the slow tests")
+@pytest.mark.usefixtures("one_thread")
+def test_kill_9_in_mid_epoch(tmp_path):
+    settings = {"epochs": 40, "ema": 0.9}
+    child = os.fork()
+    if child == 0:
+        try:
+            train(tiny(tmp_path / "killed", **settings), quiet=True)
+        finally:
+            os._exit(0)
+    while saved_step(tmp_path / "killed") < 12:
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    train(tiny(tmp_path / "killed", **settings), quiet=True)
+    train(tiny(tmp_path / "whole", **settings), quiet=True)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("step", [2, 5, 20])
@@ -207,10 +244,23 @@ def test_tied_weights_are_saved(tmp_path):
     assert checkpoint.read(tmp_path / "c")[0]["model"]["b"].tolist() == [0, 1, 2]
 
 
+def test_two_trainings_in_one_folder(tmp_path, monkeypatch):
+    caught = []
+
+    def start_another() -> None:
+        with pytest.raises(KNPortError, match="another process is training here"):
+            train(tiny(tmp_path / "run"), quiet=True)
+        caught.append(True)
+
+    at_step(monkeypatch, 4, start_another)
+    train(tiny(tmp_path / "run"), quiet=True)
+    assert caught
+
+
 FLAGS = {
     "--norm": "group",
     "--batch-size": "4",
-    "--epochs": "30",
+    "--epochs": "20",
     "--train-images": "80",
     "--test-images": "50",
     "--checkpoint-every": "7",
@@ -232,9 +282,10 @@ def start(command: tuple[str, ...], folder: Path) -> subprocess.Popen:
 
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
-    """Until two checkpoints have been written: the training is in mid-epoch."""
+    """Until a new checkpoint has been written: the training is in mid-epoch."""
     deadline = time.monotonic() + 120
-    while not (folder / "previous" / "sha256.json").exists():
+    before = saved_step(folder)
+    while saved_step(folder) <= before:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -247,42 +298,45 @@ def finish(command: tuple[str, ...], folder: Path) -> str:
     return said
 
 
-def interrupt_and_go_on(command: tuple[str, ...], folder: Path, number: int) -> tuple[int, str]:
-    """Start, send the signal in mid-run to the process that was started, start again; the exit code and the words."""
+def interrupt(command: tuple[str, ...], folder: Path, number: int) -> tuple[int, str]:
+    """Start, and send the signal in mid-run to the process that was started; its exit code and its words."""
     process = start(command, folder)
     wait_for_checkpoint(process, folder)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.send_signal(number)
-    process.communicate(timeout=60)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    if number == signal.SIGKILL:  # kills the launcher before it could end its workers
+        for worker in workers:
+            worker.kill()
+    said = process.communicate(timeout=120)[0]
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
-    said = finish(command, folder)
-    assert "going on from step" in said
     return process.returncode, said
 
 
-def test_kill_9_then_the_same_command_gives_the_same_bits(tmp_path):
-    whole = start(ONE, tmp_path / "whole")
-    code, _ = interrupt_and_go_on(ONE, tmp_path / "killed", signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    assert whole.wait(timeout=120) == 0, whole.communicate()[0]
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, object]:
+    """What the command makes when nobody interrupts it."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    finish(ONE, folder)
+    return contents(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_survives_a_signal(tmp_path, whole, number, code):
+    found, said = interrupt(ONE, tmp_path / "run", number)
+    assert found == code
+    assert ("stopped at step" in said) == (number != signal.SIGKILL)
+    assert "Traceback" not in said
+    assert "going on from step" in finish(ONE, tmp_path / "run")
+    assert contents(tmp_path / "run") == whole
 
 
 @pytest.mark.slow
 def test_two_processes_survive_kill_9_and_sigterm(tmp_path):
-    interrupt_and_go_on(TWO, tmp_path / "killed", signal.SIGKILL)
-    interrupt_and_go_on(TWO, tmp_path / "stopped", signal.SIGTERM)
+    interrupt(TWO, tmp_path / "run", signal.SIGKILL)
+    _, said = interrupt(TWO, tmp_path / "run", signal.SIGTERM)
+    assert "stopped at step" in said
+    assert "going on from step" in finish(TWO, tmp_path / "run")
     finish(TWO, tmp_path / "whole")
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["environment"]["processes"] == 2
-    for name in ("killed", "stopped"):
-        assert contents(tmp_path / name) == contents(tmp_path / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_exit_code_tells_the_signal(tmp_path, number, code):
-    found, said = interrupt_and_go_on(ONE, tmp_path / "stopped", number)
-    assert found == code
-    assert "Traceback" not in said
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
