@@ -181,8 +181,9 @@ def _verdict(ranked: list[Series], batch_size: int) -> str:
     behind = [(label, cell) for label, cell in others if clearly_apart(best[1], cell)]
     at = f"at batch size {batch_size}"
     if not behind:
-        worst = others[-1][1].mean
-        return f"{at} all {len(ranked)} norms are within the spread ({worst:.1f} to {best[1].mean:.1f} %)"
+        low, high = f"{others[-1][1].mean:.1f}", f"{best[1].mean:.1f}"
+        norms = "both norms" if len(ranked) == 2 else f"all {len(ranked)} norms"
+        return f"{at} {norms} are within the spread ({low if low == high else f'{low} to {high}'} %)"
     gap = f"{best[1].mean - behind[0][1].mean:.1f} points above {behind[0][0]}"
     if level:
         names = " and ".join(label for label, _ in [best, *level])

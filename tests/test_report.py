@@ -129,6 +129,11 @@ def test_headline_names_the_model_where_there_are_several():
     assert headline([*rows, row(model="other")]).startswith("m: at batch size 2 KernelNorm is best")
 
 
+def test_headline_of_equal_means_gives_one_number():
+    rows = [row(norm, top1=98.0, seed=seed) for norm in ("original", "kernel") for seed in (0, 1)]
+    assert headline(rows) == "At batch size 2 both norms are within the spread (98.0 %)."
+
+
 def test_two_seeds_that_agree_by_chance_do_not_make_a_difference():
     """On 359 test images one image is 0.28 points: equal seeds alone prove nothing."""
     rows = [
