@@ -14,6 +14,7 @@ from knport.errors import KNPortError, UnknownName
 NORMS = ("original", "kernel", "batch", "group", "layer", "instance", "none")
 KERNEL_NORMS = (knport.KernelNorm1d, knport.KernelNorm2d, knport.KernelNorm3d)
 KN_CONVS = (knport.KNConv1d, knport.KNConv2d, knport.KNConv3d)
+AUXILIARY = ("googlenet", "inception_v3")  # of torchvision: more than one output while training, unless told otherwise
 SMALL_IMAGE = 64  # pixels; up to here a network gets the stem for low resolution where it has one
 
 
@@ -76,7 +77,8 @@ def _create(name: str, num_classes: int, in_chans: int, image_size: int) -> nn.M
     if library == "timm" and timm.is_model(rest):
         model = timm.create_model(rest, num_classes=num_classes, in_chans=in_chans)
     elif library == "torchvision" and rest in torchvision.models.list_models(torchvision.models):
-        model = torchvision.models.get_model(rest, weights=None, num_classes=num_classes)
+        options = {"aux_logits": False, "init_weights": True} if rest in AUXILIARY else {}
+        model = torchvision.models.get_model(rest, weights=None, num_classes=num_classes, **options)
         _set_in_chans(model, in_chans)
     else:
         raise UnknownName("model", name, list_models())

@@ -47,6 +47,15 @@ def net(monkeypatch):
     monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: Net(num_classes))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked child cannot use the parent's thread pool, and sums must be cut alike in both."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tiny(folder: Path, **settings) -> Run:
     """20 steps, 5 an epoch, with a checkpoint every 3 and an evaluation every 5."""
     fixed = {"batch_size": 16, "epochs": 4, "train_images": 80, "test_images": 50, "checkpoint_every": 3}
@@ -106,17 +115,7 @@ def test_the_bits_do_not_depend_on_a_crash(tmp_path, monkeypatch, steps, setting
     assert contents(tmp_path / "crashed") == contents(tmp_path / "whole")
 
 
-@pytest.fixture
-def one_thread():
-    """A forked child cannot use the parent's thread pool, and sums must be cut alike in both."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a forked process cannot use the GPU; see the slow tests")
-@pytest.mark.usefixtures("one_thread")
 def test_kill_9_in_mid_epoch(tmp_path):
     settings = {"epochs": 40, "ema": 0.9}
     child = os.fork()

@@ -27,6 +27,15 @@ from experiments.train import _accelerator, train
 from knport.errors import KNPortError
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small only lose by sharing out their work, badly so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tiny(tmp_path, name="run", **settings):
     """Twelve steps on 64 digits."""
     settings = {"batch_size": 16, "epochs": 3, "train_images": 64, "test_images": 50, **settings}
