@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from knport.errors import KNPortError, NothingToConvert, UnsupportedModule
 from knport.surgery.budget import parameters_after, parameters_of
 from knport.surgery.config import KNConfig
+from knport.surgery.copying import copy_model
 from knport.surgery.filters import select
 from knport.surgery.guard import refuse_wrapped
 from knport.surgery.head import missing_norms
@@ -124,7 +124,7 @@ def convert(
     if not any(verdict.verdict == ALREADY for verdict in made.verdicts):
         raise NothingToConvert(_nothing(made))
     warnings.warn(f"{made.model} is converted already; nothing was changed", UserWarning, stacklevel=2)
-    return model if inplace else copy.deepcopy(model)
+    return model if inplace else copy_model(model)
 
 
 def _check_arguments(config: KNConfig, match_params: Any) -> None:

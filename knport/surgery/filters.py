@@ -50,9 +50,9 @@ def _parse_one(value: Any, name: str) -> Filter:
             pattern = re.compile(value[3:])
         except re.error as error:
             raise KNPortError(f"{name}={value!r} is no regular expression: {error}") from None
-        return Filter(repr(value), lambda path, _: pattern.fullmatch(path) is not None, subtree=True)
+        return Filter(repr(value), lambda path, _: bool(path) and bool(pattern.fullmatch(path)), subtree=True)
     if isinstance(value, str):
-        return Filter(repr(value), lambda path, _: fnmatch.fnmatchcase(path, value), subtree=True)
+        return Filter(repr(value), lambda path, _: bool(path) and fnmatch.fnmatchcase(path, value), subtree=True)
     if callable(value):
         return Filter(getattr(value, "__name__", repr(value)), lambda path, m: bool(value(path, m)), subtree=False)
     raise KNPortError(f"{name}={value!r}; expected {_EXPECTED}")
@@ -101,7 +101,7 @@ def select(model: nn.Module, sites: dict[str, tuple[str, ...]], include: Any, ex
 
 def _hit(one: Filter, path: str, modules: dict[str, nn.Module]) -> bool:
     around = _with_containers(path) if one.subtree else [path]
-    return any(one.matches(name, modules[name]) for name in around if name or not one.text.startswith(("'", '"')))
+    return any(one.matches(name, modules[name]) for name in around)
 
 
 def _with_containers(path: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from knport.surgery.roles import TRANSPARENT
 
 _TO_HEAD = (TRANSPARENT | {"reshape"}) - {"cat"}
 _CHAIN = TRANSPARENT - {"cat"}
+_SITES = ("norm", "kn_norm", "conv", "kn_conv")
 _THROUGH_SUMS = TRANSPARENT | {"add", "mul"}
 
 
@@ -58,7 +59,7 @@ def missing_norms(graph: Graph, converted: set[int]) -> tuple[list[Place], list[
     places, notes = [], []
     for node in graph.nodes:
         reduces = pooled[node.index] and not any(pooled[i] for i in node.inputs)
-        if not (reduces and head[node.index]) or node.role in ("norm", "kn_norm", "conv", "kn_conv"):
+        if not (reduces and head[node.index]) or node.role in _SITES or _has_norm(graph, node):
             continue
         chain, source = _chain_to(graph, node)
         if source.role in ("norm", "kn_norm") and source.index not in converted:
@@ -72,6 +73,17 @@ def missing_norms(graph: Graph, converted: set[int]) -> tuple[list[Place], list[
         elif place not in places:
             places.append(place)
     return places, notes
+
+
+def _has_norm(graph: Graph, node: Node) -> bool:
+    """Whether a norm follows the head's pooling (ConvNeXt): the classifier is served."""
+    todo = list(graph.readers[node.index])
+    while todo:
+        i = todo.pop()
+        if graph.nodes[i].role in ("norm", "kn_norm"):
+            return True
+        todo.extend(graph.readers[i])
+    return False
 
 
 def _chain_to(graph: Graph, node: Node) -> tuple[list[Node], Node]:

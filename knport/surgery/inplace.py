@@ -29,6 +29,7 @@ def switch_off(graph: Graph, removed: set[int], modules: dict[str, nn.Module]) -
         for name, part in modules[norm.name].named_modules():
             if getattr(part, "inplace", False) is True:
                 paths[f"{norm.name}.{name}"] = None
+        _refuse_late_writer(graph, norm)
         for step in _writers(graph, norm, removed):
             if step.op == "module":
                 paths[step.name] = None
@@ -40,6 +41,18 @@ def switch_off(graph: Graph, removed: set[int], modules: dict[str, nn.Module]) -
                     f"write it without inplace, make it a torch.nn module, or pass exclude={norm.name!r}",
                 )
     return tuple(paths)
+
+
+def _refuse_late_writer(graph: Graph, norm: Node) -> None:
+    """What a norm reads may not be overwritten before the readers of the norm have had it."""
+    for index in graph.readers[norm.inputs[0]]:
+        step = graph.nodes[index]
+        if step.inplace and norm.index < index < max(graph.readers[norm.index], default=-1):
+            raise UnsupportedModule(
+                step.name if step.op == "module" else step.owner,
+                f"{step.name} overwrites what {norm.name} reads before the layers behind that norm have read it",
+                f"make it work out of place, or pass exclude={norm.name!r}",
+            )
 
 
 def _writers(graph: Graph, norm: Node, removed: set[int]) -> list[Node]:

@@ -164,14 +164,13 @@ def _sides(graph: Graph, sites: dict[str, Site], found: Match, config: KNConfig)
     """The 1x1 convolutions that are enlarged -> the side on which each pads, opposite to the one before it."""
     if config.enlarge == "none":
         return {}
-    weights = [id(p) for site in sites.values() for p in site.module.parameters(recurse=False)]
     last: list[tuple[int, int]] = []  # per node: (index, side) of the latest enlarged convolution it depends on
     sides: dict[str, int] = {}
     for node in graph.nodes:
         latest = max((last[i] for i in node.inputs), default=(-1, 1))
         if node.role == "conv" and node.name in found.convs:
             module = sites[node.name].module
-            small = set(module.kernel_size) == {1} and weights.count(id(module.weight)) == 1
+            small = set(module.kernel_size) == {1} and not sites[node.name].tied
             if small and all(is_map(graph.in_shape(i)) for i in graph.calls[node.name]):
                 latest = (node.index, sides.setdefault(node.name, 1 - latest[1]))
         last.append(latest)

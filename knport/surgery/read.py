@@ -5,7 +5,6 @@ torch.fx with our own leaf rule is tried first; a model that it cannot trace is 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from knport.errors import KNPortError
+from knport.surgery.copying import copy_onto
 from knport.surgery.graph import Graph
 from knport.surgery.kinds import is_leaf
 from knport.surgery.read_fx import read_fx
@@ -35,14 +35,15 @@ def read(model: nn.Module, example_inputs: Any = None, readers: tuple[_Reader, .
     Raises:
         KNPortError: no reader could run the model on these inputs.
     """
-    problem: Exception | None = None
+    problems: list[Exception] = []
     for args, kwargs in _candidates(model, example_inputs):
         for device in ("meta", "cpu"):
             for reader in readers:
                 try:
                     return _read_once(model, args, kwargs, device, reader)
                 except Exception as error:  # a user's forward may raise anything; the next reader may do without
-                    problem = problem or error
+                    problems.append(error)
+    problem = problems[2 * len(readers) - 1]  # of running the model on the first inputs: the others are our detours
     raise KNPortError(
         f"could not run {type(model).__name__} to read it ({type(problem).__name__}: {problem}); "
         "pass example_inputs=, what its forward takes: a tensor, a tuple of arguments or a dict"
@@ -54,20 +55,6 @@ def _read_once(model: nn.Module, args: tuple, kwargs: dict, device: str, reader:
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device), (args, kwargs))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return reader(twin, args, kwargs, _leaves(twin))
-
-
-def copy_onto(model: nn.Module, device: str) -> nn.Module:
-    """A deep copy without hooks whose parameters and buffers lie on `device`; nothing is copied for "meta"."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        twin = torch.empty_like(tensor, device="meta") if device == "meta" else tensor.detach().to(device, copy=True)
-        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():  # a user's hooks must not fire while we read
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            if "weight" in module._parameters or not hasattr(module, "weight"):  # old weight_norm lives in a hook
-                hooks.clear()
-    return twin
 
 
 def _leaves(model: nn.Module) -> dict[int, str]:

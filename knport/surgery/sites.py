@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,12 +18,21 @@ _TO_OUTPUT = frozenset({"act", "pool", "dropout", "identity", "resize", "reshape
 
 @dataclass(frozen=True)
 class Site:
-    """A norm or a convolution under all its names."""
+    """A norm ("norm") or a convolution ("conv") under all its names.
+
+    Args:
+        path: its first dotted name.
+        kind: "norm" or "conv".
+        module: itself.
+        aliases: its other names.
+        tied: whether another module holds one of its parameters too.
+    """
 
     path: str
     kind: str
     module: nn.Module
     aliases: tuple[str, ...]
+    tied: bool
 
     @property
     def ours(self) -> bool:
@@ -35,10 +45,12 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
     inside = {id(part) for m in model.modules() if kind(m) != "other" for part in m.modules() if part is not m}
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     sites = {}
     for path, module in model.named_modules():
         if kind(module) in _KINDS and id(module) not in inside:
-            sites[path] = Site(path, _KINDS[kind(module)], module, tuple(names[id(module)][1:]))
+            tied = any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
+            sites[path] = Site(path, _KINDS[kind(module)], module, tuple(names[id(module)][1:]), tied)
     return sites
 
 

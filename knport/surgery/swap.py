@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from knport.surgery.config import KNConfig
+from knport.surgery.copying import copy_model
 from knport.surgery.enlarge import embed, enlarged_padding
 from knport.surgery.kinds import KN_CONVS, KN_NORMS, fused_parts
 
@@ -28,7 +28,7 @@ _HOOKS = (
 
 def swap(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     """`model`, or by default a deep copy of it, with the modules of `plan` replaced."""
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_model(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     new = {id(modules[v.path]): _replacement(modules[v.path], v, plan.config) for v in plan.verdicts if v.changes}
     for place in plan.final_norms:

@@ -1,0 +1,506 @@
+"""The rules of knport.convert on small made-up networks: patterns, traps, what is carried over, what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from knport.errors import AlreadyWrapped, KNPortError, NothingToConvert, UnknownName, UnsupportedModule
+from knport.layers import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d
+from knport.surgery import KNConfig, convert, plan
+
+X = torch.zeros(2, 3, 16, 16)
+
+
+def post(*more: nn.Module) -> nn.Sequential:
+    """conv, norm, act and whatever follows."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), *more)
+
+
+def verdict(model: nn.Module, path: str, **options):
+    options.setdefault("example_inputs", X)
+    return next(v for v in plan(model, **options).verdicts if v.path == path)
+
+
+class Skip(nn.Module):
+    """x + conv(act(norm(x))): a pre-activation block."""
+
+    def __init__(self, act=None, function=None):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 1)
+        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+        self.act = act or nn.Identity()
+        self.function = function or (lambda x: x)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x + self.conv(self.function(self.act(self.norm(x))))
+
+
+# --- patterns
+
+
+def test_conv_norm_act():
+    new = convert(post(), example_inputs=X)
+    assert [type(m) for m in new] == [KNConv2d, nn.Identity, nn.ReLU]
+
+
+def test_the_convolution_keeps_its_weights_and_gains_a_bias():
+    old = post()
+    new = convert(old, example_inputs=X)
+    assert torch.equal(new[0].weight, old[0].weight) and torch.equal(new[0].bias, torch.zeros(8))
+    biased = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    assert torch.equal(convert(biased, example_inputs=X)[0].bias, biased[0].bias)
+    assert "gain and bias dropped" in verdict(old, "1").reason and "starts at 0" in verdict(old, "0").reason
+
+
+@pytest.mark.parametrize(
+    "between", [nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.1), nn.Sequential(nn.GELU(), nn.AvgPool2d(2))]
+)
+def test_norm_then_something_then_conv(between):
+    model = nn.Sequential(nn.BatchNorm2d(3), between, nn.Conv2d(3, 8, 3))
+    new = convert(model, example_inputs=X)
+    assert isinstance(new[0], nn.Identity) and isinstance(new[2], KNConv2d)
+
+
+def test_all_convolutions_that_read_a_norm_take_over():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.a, self.b = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            x = self.norm(x)
+            return torch.cat([self.a(x), self.b(F.relu(x))], 1)
+
+    new = convert(Branches(), example_inputs=X)
+    assert isinstance(new.a, KNConv2d) and isinstance(new.b, KNConv2d) and isinstance(new.norm, nn.Identity)
+
+
+def test_a_norm_that_an_addition_reads_too_stays_a_norm():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            x = self.norm(x)
+            return x + self.conv(x)
+
+    new = convert(Both(), example_inputs=X)
+    assert isinstance(new.norm, KernelNorm2d) and type(new.conv) is nn.Conv2d
+    assert "stays or becomes a KernelNorm" in verdict(Both(), "conv").reason
+
+
+@pytest.mark.parametrize(
+    ("norm", "conv", "kernel_norm", "kn_conv", "shape"),
+    [
+        (nn.BatchNorm1d, nn.Conv1d, KernelNorm1d, KNConv1d, (2, 3, 12)),
+        (nn.BatchNorm3d, nn.Conv3d, KernelNorm3d, KNConv3d, (2, 3, 6, 6, 6)),
+        (nn.InstanceNorm2d, nn.Conv2d, KernelNorm2d, KNConv2d, (2, 3, 12, 12)),
+        (nn.SyncBatchNorm, nn.Conv2d, KernelNorm2d, KNConv2d, (2, 3, 12, 12)),
+    ],
+)
+def test_every_dimension_and_kin(norm, conv, kernel_norm, kn_conv, shape):
+    model = nn.Sequential(norm(3), nn.Sigmoid(), nn.Softmax(1), conv(3, 4, 1), nn.ReLU(), norm(4)).eval()
+    new = convert(model, example_inputs=torch.zeros(shape))
+    assert (
+        isinstance(new[3], kn_conv)
+        and isinstance(new[5], kernel_norm)
+        and new[3].kernel_size == (2,) * (len(shape) - 2)
+    )
+    assert new(torch.randn(shape)).shape == model(torch.randn(shape)).shape
+
+
+def test_a_norm_of_flat_features_is_kept_and_said():
+    model = post(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8))
+    made = verdict(model, "5")
+    assert made.verdict == "kept" and "no (N, channels, ...) map" in made.reason
+
+
+# --- the norm before the head
+
+
+def head(*body: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(x + self.body(x))
+
+
+def test_the_last_norm_becomes_a_kernelnorm_and_its_convolution_a_knconv():
+    new = convert(head(*post()), KNConfig(dropout=0.02), example_inputs=X)
+    assert isinstance(new[0], KNConv2d) and new[0].dropout == 0.02
+    assert isinstance(new[1], KernelNorm2d) and new[1].dropout == pytest.approx(0.1)
+
+
+def test_a_post_activation_network_gets_one_before_its_last_activation():
+    new = convert(head(*post(), Residual()), example_inputs=X)
+    assert isinstance(new[3].relu, nn.Sequential) and isinstance(new[3].relu[0], KernelNorm2d)
+    assert new[3].relu[0].dropout == 0.25 and isinstance(new[3].relu[1], nn.ReLU)
+
+
+def test_or_before_the_pooling_when_the_activation_is_shared():
+    block = Residual()
+    model = head(*post(), block, block)
+    new = convert(model, example_inputs=X)
+    assert isinstance(new[5], nn.Sequential) and isinstance(new[5][0], KernelNorm2d)
+    assert "in front of 5" in str(plan(model, example_inputs=X))
+
+
+def test_a_head_of_functions_only_is_noted():
+    class Functions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return self.fc(F.relu(x + x.flip(-1)).mean((2, 3)))
+
+    notes = plan(Functions(), example_inputs=X).notes
+    assert len(notes) == 0 or "no KernelNorm added" in notes[0]
+
+
+def test_final_norm_can_be_declined():
+    config = KNConfig(final_norm=False)
+    new = convert(head(*post(), Residual()), config, example_inputs=X)
+    assert not any(isinstance(m, KernelNorm2d) for m in new.modules())
+    assert isinstance(convert(head(*post()), config, example_inputs=X)[1], nn.Identity)
+
+
+def test_a_norm_with_an_addition_behind_it_is_not_the_last():
+    made = plan(head(*post(), Residual()), example_inputs=X)
+    assert {v.path: v.verdict for v in made.verdicts} == {
+        "0": "KNConv",
+        "1": "absorbed",
+        "3.body.0": "KNConv",
+        "3.body.1": "absorbed",
+    }
+
+
+# --- what is kept, and why
+
+
+def test_classifying_and_gating_convolutions_are_left_alone():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.gate = post(), nn.Conv2d(8, 8, 1)
+            self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.classifier = nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            x = self.body(x)
+            x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+            return self.classifier(F.relu(self.norm(self.conv(x))))
+
+    new = convert(Gated(), example_inputs=X)
+    assert type(new.gate) is nn.Conv2d and type(new.classifier) is nn.Conv2d
+    assert isinstance(new.conv, KNConv2d) and isinstance(new.norm, KernelNorm2d)
+    assert (
+        "squeeze-excite" in verdict(Gated(), "gate").reason
+        and verdict(Gated(), "classifier").reason == "the classifier"
+    )
+
+
+class Doubling(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("conv", "word"),
+    [
+        (Doubling(3, 8, 3), "own forward"),
+        (nn.ConvTranspose2d(3, 8, 3), "transposed"),
+        (parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), "parametrized"),
+        (nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), "computed"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_convolutions_with_more_to_them_are_kept_and_their_norm_becomes_a_kernelnorm(conv, word):
+    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU())
+    made = verdict(model, "0")
+    assert made.verdict == "kept" and word in made.reason
+    new = convert(model, example_inputs=X)
+    assert type(new[0]) is type(conv) and isinstance(new[1], KernelNorm2d)
+    torch.testing.assert_close(new[0](X + 1), conv(X + 1))
+
+
+def test_a_norm_with_a_forward_of_its_own_is_kept():
+    class Odd(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    made = verdict(nn.Sequential(nn.Conv2d(3, 8, 3), Odd(8)), "1")
+    assert made.verdict == "kept" and "own forward" in made.reason
+
+
+def test_functions_and_modules_that_are_never_called_are_rows_too():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.spare = post(), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return F.instance_norm(self.body(x))
+
+    rows = {v.path: v for v in plan(Mixed(), example_inputs=X).verdicts}
+    assert "never called" in rows["spare"].reason and "function" in rows["instance_norm()"].reason
+
+
+def test_layernorm_of_tokens_is_kept_and_nothing_to_convert_says_what_was_seen():
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 4))
+    assert not plan(model, example_inputs=X).changes
+    with pytest.raises(NothingToConvert, match="LayerNorm normalizes the last dimension"):
+        convert(model, example_inputs=X)
+    with pytest.raises(NothingToConvert, match="no normalization"):
+        convert(nn.Sequential(nn.Conv2d(3, 4, 3)), example_inputs=X)
+
+
+# --- one module in several places
+
+
+class Twice(nn.Module):
+    def __init__(self, second_norm: bool):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.alias, self.second_norm = self.conv, second_norm
+
+    def forward(self, x):
+        y = self.alias(2 * x)
+        return self.norm(self.conv(x)) + (self.norm(y) if self.second_norm else y)
+
+
+def test_a_convolution_called_twice_must_fit_both_times():
+    new = convert(Twice(second_norm=True), example_inputs=X)
+    assert isinstance(new.conv, KNConv2d) and new.alias is new.conv and isinstance(new.norm, nn.Identity)
+    new = convert(Twice(second_norm=False), example_inputs=X)
+    assert type(new.conv) is nn.Conv2d and new.alias is new.conv and isinstance(new.norm, KernelNorm2d)
+    made = verdict(Twice(second_norm=False), "conv")
+    assert made.aliases == ("alias",) and "called 2 times" in made.reason
+
+
+def test_tied_weights_stay_tied():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[2].weight = model[0].weight
+    new = convert(model, example_inputs=X)
+    assert new[0].weight is new[2].weight and new[0].kernel_size == (1, 1)
+
+
+# --- in place
+
+
+def test_an_activation_in_place_must_not_edit_the_skip():
+    torch.manual_seed(0)
+    model = Skip(act=nn.ReLU(inplace=True))
+    made = plan(model, example_inputs=X)
+    assert made.inplace_off == ("act",) and "switched off in 1 activation" in str(made)
+    new, x = convert(model, KNConfig(dropout=0.0), example_inputs=X), torch.randn(2, 3, 16, 16)
+    seen = []
+    new.norm.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[0].clone())))
+    new(x)
+    assert not new.act.inplace and torch.equal(*seen[0])
+    assert model.act.inplace
+
+
+@pytest.mark.parametrize("function", [lambda x: F.relu(x, inplace=True), lambda x: F.relu(x, True), torch.relu_])
+def test_a_function_in_place_there_is_refused(function):
+    model = Skip(function=function)
+    with pytest.raises(UnsupportedModule, match=r"relu.*works in place.*exclude='norm'"):
+        convert(model, example_inputs=X)
+    outer = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), model)
+    assert isinstance(convert(outer, exclude="2.norm", example_inputs=X)[2].norm, nn.BatchNorm2d)
+
+
+def test_a_function_in_place_on_a_fresh_tensor_is_fine():
+    class Fresh(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return F.relu(self.norm(self.conv(x)), inplace=True)
+
+    new = convert(Fresh(), example_inputs=X)
+    new(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert new.conv.weight.grad is not None
+
+
+# --- what is carried over
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2, "padding": (2, 0), "bias": False},
+        {"padding": "same", "dilation": 2},
+        {"groups": 3, "padding": 1, "padding_mode": "reflect"},
+    ],
+)
+def test_the_arguments_of_the_convolution(options):
+    old = nn.Sequential(nn.Conv2d(3, 6, (3, 5), **options), nn.BatchNorm2d(6)).eval()
+    new = convert(old, example_inputs=X).eval()[0]
+    for name in ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size"):
+        assert getattr(new, name) == getattr(old[0], name)
+    assert new(torch.randn(2, 3, 16, 16)).shape == old(X).shape
+
+
+def test_dtype_flags_and_hooks():
+    old = post(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)).to(torch.bfloat16)
+    old[0].weight.requires_grad_(False)
+    old[3].eval()
+    calls = []
+    for path in ("0", "1", ""):
+        old.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))
+    new = convert(old)
+    assert calls == []  # reading fires no hooks
+    assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
+    assert not new[0].weight.requires_grad and not new[0].bias.requires_grad and new[3].weight.requires_grad
+    assert new[0].training and not new[3].training and new[1].training
+    new(torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
+    assert calls == ["0", "1", ""]
+
+
+def test_a_handle_of_a_hook_still_removes_it_after_an_inplace_conversion():
+    model, calls = post(), []
+    handle = model[0].register_forward_hook(lambda *_: calls.append(1))
+    convert(model, example_inputs=X, inplace=True)
+    handle.remove()
+    model(X)
+    assert calls == [] and isinstance(model[0], KNConv2d)
+
+
+def test_models_on_the_meta_device():
+    with torch.device("meta"):
+        model = post(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+    new = convert(model)
+    assert all(p.is_meta for p in new.parameters()) and new[3].kernel_size == (2, 2)
+
+
+# --- calls and errors
+
+
+def test_inplace_returns_the_model_itself_and_keeps_its_parameters():
+    model = post()
+    weight = model[0].weight
+    assert convert(model, example_inputs=X, inplace=True) is model
+    assert model[0].weight is weight
+
+
+def test_inputs_of_other_kinds():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = post()
+
+        def forward(self, image, mask=None, *, scale=1.0):
+            return self.body(image) * scale if mask is None else self.body(image[mask])
+
+    for inputs in (X, (X,), [X], {"image": X}, {"image": X, "scale": 2.0}, None):
+        assert isinstance(convert(Keyword(), example_inputs=inputs).body[0], KNConv2d)
+
+
+def test_a_model_that_cannot_be_read_asks_for_inputs():
+    class Needy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = post()
+
+        def forward(self, image, size):
+            return F.interpolate(self.body(image), size=size)
+
+    with pytest.raises(KNPortError, match="example_inputs"):
+        convert(Needy())
+    assert isinstance(convert(Needy(), example_inputs=(X, 4)).body[0], KNConv2d)
+
+
+def test_control_flow_is_read_by_running():
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = post()
+
+        def forward(self, x):
+            return self.body(x) if x.shape[-1] > 8 and x.mean() < 9 else x
+
+    assert plan(Flow(), example_inputs=X).reader == "one executed forward"
+
+
+def wrapped() -> dict:
+    return {
+        "parallel": lambda m: nn.DataParallel(m),
+        "compiled": lambda m: torch.compile(m),
+        "compiled in place": lambda m: m.compile() or m,
+        "scripted": lambda m: torch.jit.script(m),
+        "part compiled": lambda m: nn.Sequential(torch.compile(m)),
+    }
+
+
+@pytest.mark.parametrize("how", wrapped())
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_wrapped_models_are_refused_with_the_line_to_run(how):
+    model = wrapped()[how](post())
+    for call in (plan, convert):
+        with pytest.raises(AlreadyWrapped, match=r"run this first|before"):
+            call(model)
+
+
+def test_a_traced_model_is_fine():
+    traced = torch.fx.symbolic_trace(post())
+    new = convert(traced, example_inputs=X)
+    assert type(new) is type(traced) or isinstance(new, torch.fx.GraphModule)
+    assert isinstance(new.get_submodule("0"), KNConv2d) and new(X).shape == (2, 8, 16, 16)
+
+
+def test_a_plan_fits_only_models_of_its_structure():
+    made = plan(post(), example_inputs=X)
+    assert isinstance(made.apply(post())[0], KNConv2d)
+    other = post()
+    other[0] = nn.Conv2d(3, 8, 5, padding=2)
+    with pytest.raises(KNPortError, match="at 0 it expects Conv2d"):
+        made.apply(other)
+
+
+def test_bad_arguments():
+    with pytest.raises(KNPortError, match="not offered yet"):
+        convert(post(), match_params="model")
+    with pytest.raises(KNPortError, match=r"expected a knport\.KNConfig"):
+        convert(post(), {"dropout": 0.1})
+    with pytest.raises(KNPortError, match=r"expected a torch\.nn\.Module"):
+        convert("resnet50")
+    with pytest.raises(UnsupportedModule, match=r"nn\.Sequential"):
+        convert(nn.BatchNorm2d(3))
+    with pytest.raises(KNPortError, match="lazy"):
+        convert(nn.Sequential(nn.LazyConv2d(8, 3), nn.BatchNorm2d(8)))
+    with pytest.raises(UnknownName, match="2x2"):
+        KNConfig(enlarge="2x")
+    with pytest.raises(UnknownName, match="embed"):
+        KNConfig(init="embedded")
+    for bad in ({"dropout": 1.0}, {"eps": 0.0}, {"norm_window": 0}, {"norm_window": (3, -1)}):
+        with pytest.raises(KNPortError, match="expected"):
+            KNConfig(**bad)
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = nn.Sequential(*post(), Skip(function=torch.relu_))
+    model[3].stem = nn.Conv2d(8, 3, 1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModule):
+        convert(model, example_inputs=X, inplace=True)
+    assert isinstance(model[1], nn.BatchNorm2d) and all(
+        torch.equal(v, before[k]) for k, v in model.state_dict().items()
+    )
