@@ -50,10 +50,19 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     report = Report(run.run_dir, not quiet and accelerator.is_main_process)
     lock = folder.lock() if accelerator.is_main_process else nullcontext()
     with lock, StopRequest() as stop, _deterministic(), _trackers(accelerator, run):
-        return _train(run, accelerator, folder, report, stop)
+        here = environment(accelerator.device, accelerator.num_processes)
+        _note_changes((stored or {}).get("environment", {}), here, report)
+        return _train(run, accelerator, folder, here, report, stop)
 
 
-def _train(run: Run, accelerator: Accelerator, folder: RunFolder, report: Report, stop: StopRequest) -> dict[str, Any]:
+def _train(
+    run: Run,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    here: dict[str, Any],
+    report: Report,
+    stop: StopRequest,
+) -> dict[str, Any]:
     train_set, test_set = data.load(run)
     for note in train_set.notes + test_set.notes:
         report.note(note)
@@ -69,7 +78,7 @@ def _train(run: Run, accelerator: Accelerator, folder: RunFolder, report: Report
         dropout=run.dropout,
     )
     content = {
-        "environment": environment(accelerator.device, accelerator.num_processes),
+        "environment": here,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "classes": train_set.num_classes,
         "train_images": len(train_set),
@@ -94,6 +103,14 @@ def _train(run: Run, accelerator: Accelerator, folder: RunFolder, report: Report
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result
+
+
+def _note_changes(before: dict[str, Any], here: dict[str, Any], report: Report) -> None:
+    """An interrupted run may go on elsewhere, but the bits then depend on the interruption: say so."""
+    changed = [name for name in before if name != "commit" and before[name] != here.get(name)]
+    if changed:
+        listed = ", ".join(f"{name} was {before[name]} and is {here.get(name)}" for name in changed)
+        report.note(f"began elsewhere ({listed}): the result is as good, but not the same bits as without interruption")
 
 
 def _result(folder: RunFolder, loop: Loop) -> dict[str, Any]:

@@ -153,6 +153,17 @@ def test_a_signal_saves_and_leaves(tmp_path, monkeypatch, capsys, step, number, 
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
+def test_going_on_elsewhere_is_said(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, crash)
+        with pytest.raises(RuntimeError, match="plug"):
+            train(tiny(tmp_path / "run"), quiet=True)
+    path = tmp_path / "run" / "run.json"
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 4'))
+    train(tiny(tmp_path / "run"))
+    assert "began elsewhere (processes was 4 and is 1)" in capsys.readouterr().out
+
+
 def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(tmp_path, monkeypatch):
     train(tiny(tmp_path / "whole"), quiet=True)
     original = Loop._share_buffers

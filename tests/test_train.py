@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -208,6 +209,12 @@ def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     train(tiny(tmp_path, steps=2, track="tensorboard"), quiet=True)
     assert list((tmp_path / "run" / "track").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_that_is_not_installed(tmp_path):
+    with pytest.raises(KNPortError, match="pip install wandb"):
+        train(tiny(tmp_path, track="wandb"), quiet=True)
 
 
 def test_cifar_from_disk(tmp_path):
