@@ -196,7 +196,9 @@ class TestPromises:
     def test_both_readers_lead_to_the_same_plan(self, name, monkeypatch):
         texts = []
         for reader in (read_fx, read_run):
-            monkeypatch.setattr(surgery, "read", functools.partial(read, readers=(reader,)))
+            monkeypatch.setattr(
+                surgery, "read_all", lambda model, inputs, _, by=reader: read(model, inputs, readers=(by,))
+            )
             if (name, reader) != ("timm/vgg11_bn", read_fx):  # control flow that torch.fx cannot trace
                 texts.append(str(plan(original(name))))
         assert len(set(texts)) == 1
@@ -264,6 +266,12 @@ def test_the_plan_reads_well():
     rows = [line for line in text.splitlines() if line.startswith("layer1.0.conv1 ")]
     assert len(rows) == 1 and "1x1" in rows[0] and "takes over from" in rows[0] and "2x2" in rows[0]
     assert text == str(plan(timm.create_model("resnet50")))  # deterministic
+
+
+def test_auxiliary_heads_that_only_training_calls_are_converted():
+    new = convert(torchvision.models.googlenet(init_weights=False)).train()
+    assert not any(isinstance(m, _BatchNorm) for m in new.modules())
+    copy_onto(new, "meta")(torch.zeros(2, 3, 224, 224, device="meta"))
 
 
 def test_the_plan_as_json():

@@ -77,7 +77,7 @@ def test_a_dilated_1x1_becomes_an_undilated_kernel():
 
 def test_the_plan_counts_and_says_it():
     made = plan(chain(), example_inputs=X)
-    assert "3 of them enlarged from 1x1" in str(made)
+    assert "3 enlarged to 2x2" in str(made)
     assert made.parameters == (3 * (16 + 4 + 8), 3 * (4 * 16 + 4))
 
 

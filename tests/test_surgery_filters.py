@@ -13,13 +13,9 @@ X = torch.zeros(2, 3, 16, 16)
 
 
 def model() -> nn.Module:
-    """Twelve conv-norm pairs: layer.0 ... layer.11, so that layer.1 is the beginning of three names."""
-    net = nn.Module()
-    net.layer = nn.Sequential(
-        *(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(12))
-    )
-    net.forward = None
-    return nn.Sequential(net.layer)
+    """Twelve conv-norm pairs, 0.0 ... 0.11, so that 0.1 is the beginning of three names."""
+    pairs = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(12)]
+    return nn.Sequential(nn.Sequential(*pairs))
 
 
 def pairs(**filters) -> set[int]:
@@ -66,6 +62,7 @@ def test_including_a_convolution_includes_the_norm_behind_it():
 def test_exclude_wins_and_says_by_what():
     made = plan(model(), example_inputs=X, include="0.1*", exclude="0.10")
     reasons = {v.path: v.reason for v in made.verdicts}
+    assert "10 BatchNorm stay" in str(made)
     assert reasons["0.10.1"] == "excluded by '0.10'" and reasons["0.5.1"] == "not in include"
     assert pairs(include="0.1*", exclude="0.10") == {1, 11}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -224,15 +226,17 @@ class Doubling(nn.Conv2d):
 @pytest.mark.parametrize(
     ("conv", "word"),
     [
-        (Doubling(3, 8, 3), "own forward"),
-        (nn.ConvTranspose2d(3, 8, 3), "transposed"),
-        (parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), "parametrized"),
-        (nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), "computed"),
+        (lambda: Doubling(3, 8, 3), "own forward"),
+        (lambda: nn.ConvTranspose2d(3, 8, 3), "transposed"),
+        (lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), "parametrized"),
+        (lambda: nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), "computed"),
+        (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), "computed"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_convolutions_with_more_to_them_are_kept_and_their_norm_becomes_a_kernelnorm(conv, word):
-    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU())
+    conv = conv()
+    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU()).eval()
     made = verdict(model, "0")
     assert made.verdict == "kept" and word in made.reason
     new = convert(model, example_inputs=X)
@@ -446,17 +450,34 @@ def wrapped() -> dict:
         "compiled": lambda m: torch.compile(m),
         "compiled in place": lambda m: m.compile() or m,
         "scripted": lambda m: torch.jit.script(m),
+        "hooked by accelerate": lambda m: add_hook_to_module(m, ModelHook()),
         "part compiled": lambda m: nn.Sequential(torch.compile(m)),
     }
 
 
 @pytest.mark.parametrize("how", wrapped())
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 def test_wrapped_models_are_refused_with_the_line_to_run(how):
     model = wrapped()[how](post())
     for call in (plan, convert):
         with pytest.raises(AlreadyWrapped, match=r"run this first|before"):
             call(model)
+
+
+def test_a_forward_that_is_not_the_models_own_is_refused():
+    model = post()
+    forward = model[1].forward
+    model[1].forward = lambda x: forward(x)
+    with pytest.raises(UnsupportedModule, match="1: its forward is replaced on the instance"):
+        convert(model, example_inputs=X)
+    assert model[1].num_batches_tracked == 0
+
+
+def test_a_method_bound_to_the_instance_is_kept():
+    model = post()
+    model[0].forward = types.MethodType(lambda self, x: 2 * nn.Conv2d.forward(self, x), model[0])
+    made = verdict(model, "0")
+    assert made.verdict == "kept" and "patched on the instance" in made.reason
 
 
 def test_a_traced_model_is_fine():

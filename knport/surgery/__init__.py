@@ -16,8 +16,8 @@ from knport.surgery.guard import refuse_wrapped
 from knport.surgery.head import missing_norms
 from knport.surgery.inplace import switch_off
 from knport.surgery.match import match, verdicts
-from knport.surgery.plan import ALREADY, FinalNorm, Plan, Verdict, structure_of
-from knport.surgery.read import read
+from knport.surgery.plan import ALREADY, KEPT, FinalNorm, Plan, Verdict, structure_of
+from knport.surgery.read import read_all
 from knport.surgery.sites import blocked_sites, find_sites
 
 __all__ = ["KNConfig", "Plan", "Verdict", "convert", "plan"]
@@ -49,7 +49,7 @@ def plan(
         hint = "wrap it, torch.nn.Sequential(module), and convert that"
         raise UnsupportedModule("", f"the model is itself a {sites[''].kind} ({type(model).__name__})", hint)
     selection = select(model, {path: (path, *site.aliases) for path, site in sites.items()}, include, exclude)
-    graph = read(model, example_inputs)
+    graph = read_all(model, example_inputs, sites)
     blocked = blocked_sites(graph, sites, selection)
     found = match(graph, sites, blocked, config)
     removed = {i for path in found.absorbed for i in graph.calls[path]}
@@ -61,7 +61,7 @@ def plan(
         verdicts=rows,
         final_norms=tuple(_final_norm(place, config) for place in places),
         inplace_off=switch_off(graph, removed, dict(model.named_modules())),
-        notes=tuple(notes),
+        notes=(*notes, *_batch_note(rows)),
         parameters=(parameters_of(model), parameters_after(model, rows)),
         reader=graph.reader,
         input_shape=graph.input_shape,
@@ -135,6 +135,11 @@ def _check_arguments(config: KNConfig, match_params: Any) -> None:
             f"match_params={match_params!r} is not offered yet; KNConfig(enlarge='none') or 'window' keeps the "
             "parameter count"
         )
+
+
+def _batch_note(rows: tuple[Verdict, ...]) -> list[str]:
+    left = sum(1 for v in rows if v.verdict == KEPT and "BatchNorm" in v.layer)
+    return [f"{left} BatchNorm stay: in training an image still depends on its batch"] if left else []
 
 
 def _final_norm(place, config: KNConfig) -> FinalNorm:

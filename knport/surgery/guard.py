@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from knport.errors import AlreadyWrapped, KNPortError
+from knport.errors import AlreadyWrapped, KNPortError, UnsupportedModule
 
 _WRAPPERS = {  # class name -> what to run first
     "DistributedDataParallel": "model = model.module",
@@ -29,10 +29,20 @@ def refuse_wrapped(model: nn.Module) -> None:
                 raise AlreadyWrapped(f"{where} is wrapped in {cls.__name__}; run this first: {_WRAPPERS[cls.__name__]}")
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise AlreadyWrapped(f"{where} is compiled; convert it before model.compile()")
-        if hasattr(module, "_original_forward") or hasattr(module, "_hf_hook"):
-            raise AlreadyWrapped(
-                f"{where} was prepared by accelerate; run this first: model = accelerator.unwrap_model(model, "
-                "keep_fp32_wrapper=False), or convert it before accelerator.prepare(model)"
-            )
+        if hasattr(module, "_hf_hook"):
+            line = "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            raise AlreadyWrapped(f"{where} has hooks of accelerate; run this first: {line}")
+        if hasattr(module, "_original_forward"):
+            line = "model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+            raise AlreadyWrapped(f"{where} was prepared by accelerate; run this first: {line}")
+        _refuse_foreign_forward(path, module)
     if any(is_lazy(p) for p in model.parameters()):
         raise KNPortError("the model has lazy parameters; run one forward pass first, so that they get their shapes")
+
+
+def _refuse_foreign_forward(path: str, module: nn.Module) -> None:
+    """A function put in the place of a forward may hold on to the original modules, which a copy would then run."""
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__self__", None) is not module:
+        hint = "restore it (del module.forward), and make the change in a sub-class or a hook"
+        raise UnsupportedModule(path, "its forward is replaced on the instance", hint)

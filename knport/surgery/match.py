@@ -124,12 +124,12 @@ def _norm_verdict(head: dict, graph: Graph, found: Match, config: KNConfig) -> V
     rest = "; its activation stays" if "+" in head["layer"] else ""
     if path in found.absorbed:
         by = names(found.absorbed[path])
-        return Verdict(**head, verdict=ABSORBED, reason=f"{by} does its work; gain and bias dropped{rest}")
+        return Verdict(**head, verdict=ABSORBED, reason=f"its work is done by {by}; gain and bias dropped{rest}")
     if path in found.final:
         p = config.final_dropout
         reason = f"the last norm before the head: KernelNorm with dropout {p:g}{rest}"
         return Verdict(**head, verdict=KERNEL_NORM, reason=reason, dropout=p, ndim=ndim)
-    reason = f"no convolution next to it can do its work: KernelNorm over the channels of each pixel{rest}"
+    reason = f"no convolution next to it can do its work{rest}"
     return Verdict(**head, verdict=KERNEL_NORM, reason=reason, dropout=config.dropout, ndim=ndim)
 
 
@@ -178,6 +178,7 @@ def _sides(graph: Graph, sites: dict[str, Site], found: Match, config: KNConfig)
 
 
 def names(paths: list[str]) -> str:
-    """At most two of the paths, and how many more there are."""
-    more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
-    return ", ".join(paths[:2]) + more
+    """``a``, ``a and b``, ``a, b and 3 more``."""
+    if len(paths) <= 2:
+        return " and ".join(paths)
+    return f"{paths[0]}, {paths[1]} and {len(paths) - 2} more"

@@ -5,7 +5,7 @@ torch.fx with our own leaf rule is tried first; a model that it cannot trace is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,13 +23,34 @@ _FALLBACK_SIZES = {1: (224, 32), 2: (224, 32), 3: (32, 16)}  # pixels per side f
 _Reader = Callable[[nn.Module, tuple, dict, dict], Graph]
 
 
-def read(model: nn.Module, example_inputs: Any = None, readers: tuple[_Reader, ...] = (read_fx, read_run)) -> Graph:
-    """The data flow of `model` in evaluation mode.
+def read_all(model: nn.Module, example_inputs: Any, paths: Iterable[str]) -> Graph:
+    """The data flow in evaluation mode; where that leaves modules of `paths` uncalled (the auxiliary heads of
+    GoogLeNet), that in training mode if it calls more of them. Otherwise as `read`."""
+    graph = read(model, example_inputs)
+    missing = [path for path in paths if path not in graph.calls]
+    if not missing:
+        return graph
+    try:
+        second = read(model, example_inputs, training=True)
+    except KNPortError:
+        return graph
+    return second if any(path in second.calls for path in missing) else graph
+
+
+def read(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    training: bool = False,
+    readers: tuple[_Reader, ...] = (read_fx, read_run),
+) -> Graph:
+    """The data flow of `model`.
 
     Args:
         model: any module; its parameters, buffers, flags and the random state stay as they are.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. Default: zeros of the
             size that the model states (timm's `pretrained_cfg`), else (2, channels, 224, 224), else 32 pixels.
+        training: read it in training mode.
         readers: tried in order.
 
     Raises:
@@ -40,7 +61,7 @@ def read(model: nn.Module, example_inputs: Any = None, readers: tuple[_Reader, .
         for device in ("meta", "cpu"):
             for reader in readers:
                 try:
-                    return _read_once(model, args, kwargs, device, reader)
+                    return _read_once(copy_onto(model, device).train(training), args, kwargs, device, reader)
                 except Exception as error:  # a user's forward may raise anything; the next reader may do without
                     problems.append(error)
     problem = problems[2 * len(readers) - 1]  # of running the model on the first inputs: the others are our detours
@@ -50,8 +71,7 @@ def read(model: nn.Module, example_inputs: Any = None, readers: tuple[_Reader, .
     ) from problem
 
 
-def _read_once(model: nn.Module, args: tuple, kwargs: dict, device: str, reader: _Reader) -> Graph:
-    twin = copy_onto(model, device).eval()
+def _read_once(twin: nn.Module, args: tuple, kwargs: dict, device: str, reader: _Reader) -> Graph:
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device), (args, kwargs))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return reader(twin, args, kwargs, _leaves(twin))

@@ -90,7 +90,7 @@ def conv_before(graph: Graph, norm: int) -> str | None:
 
 
 def _not_called(graph: Graph, site: Site) -> str | None:
-    return None if graph.calls.get(site.path) else "never called as a module in the forward pass that was read"
+    return None if graph.calls.get(site.path) else "never called as a module when the model was run to read it"
 
 
 def _norm_place(graph: Graph, node: Node, site: Site, pooled: list[bool]) -> str | None:

@@ -11,6 +11,15 @@ HEADINGS = ("module", "layer", "verdict", "why")
 COLOURS = {"absorbed": "green", "KNConv": "green", "KernelNorm": "cyan", "kept": "yellow", "already": "dim"}
 
 
+LEGEND = {
+    "absorbed": "norm removed, with its gain and bias; the convolutions next to it do its work",
+    "KNConv": "the same convolution, normalizing what lies under its kernel",
+    "KernelNorm": "a norm of each pixel over its channels, within one image",
+    "kept": "stays as it is",
+    "already": "a layer of knport",
+}
+
+
 def summary(plan: Plan) -> list[str]:
     """The sentences above the table."""
     norms, convs = plan.count("norm"), plan.count("conv")
@@ -18,18 +27,24 @@ def summary(plan: Plan) -> list[str]:
     enlarged = sum(1 for v in plan.verdicts if v.enlarge)
     lines = [
         f"Plan for {plan.model}: nothing has been changed yet; plan.apply(model) does what follows to a copy.",
-        "Kernel normalization: each KNConv normalizes the block under its kernel by that block's own mean and "
-        "variance, image by image, so the norms around it can go, and with them their gains and biases.",
+        "Kernel normalization: each convolution normalizes the block under its kernel by that block's own mean and",
+        "variance, image by image, so the norms around it can go.",
+        "",
         f"  norms         {_counts(norms)}",
-        f"  convolutions  {_counts(convs)}" + (f" ({enlarged} of them enlarged from 1x1)" if enlarged else ""),
-        f"  parameters    {before:,} -> {after:,}" + (f" (x{after / before:.2f})" if before else ""),
+        f"  convolutions  {_counts(convs)}",
     ]
+    if enlarged:
+        why = "one pixel has no neighbourhood to take statistics of"
+        lines.append(f"  1x1 kernels   {enlarged} enlarged to {plan.config.enlarge}: {why}")
+    lines.append(f"  parameters    {before:,} -> {after:,}" + (f" (x{after / before:.2f})" if before else ""))
     lines += [
         f"  added         KernelNorm (dropout {f.dropout:g}) in front of {f.path}, {f.before}" for f in plan.final_norms
     ]
     if plan.inplace_off:
         lines.append(f"  in place      switched off in {len(plan.inplace_off)} activations whose norm goes")
-    return lines + [f"  note          {note}" for note in plan.notes]
+    lines += [f"  note          {note}" for note in plan.notes]
+    used = [word for word in LEGEND if norms[word] or convs[word]]
+    return [*lines, "", *(f"  {word:<13} {LEGEND[word]}" for word in used)]
 
 
 def _counts(counts) -> str:
