@@ -7,6 +7,7 @@ import functools
 import json
 import pickle
 import time
+from collections import Counter
 
 import pytest
 import timm
@@ -28,6 +29,7 @@ from knport.surgery.plan import structure_of
 from knport.surgery.read import read
 from knport.surgery.read_fx import read_fx
 from knport.surgery.read_run import read_run
+from knport.surgery.roles import module_role
 
 FEW = (2, 1, 1, 1)  # blocks per stage: every kind of block, quickly
 NETWORKS = {
@@ -137,6 +139,12 @@ class TestPromises:
         assert type(new) is type(original(name))
         assert not any(isinstance(m, _BatchNorm) for m in new.modules())
         assert any(isinstance(m, KNConv2d | KernelNorm2d) for m in new.modules())
+
+    def test_every_activation_stays(self, name):
+        def kinds(model):
+            return Counter(type(m).__name__ for m in model.modules() if module_role(m) == "act")
+
+        assert kinds(converted(name)) == kinds(original(name))
 
     def test_a_kernelnorm_stands_before_the_head(self, name):
         final = [m for m in converted(name).modules() if isinstance(m, KernelNorm2d)]

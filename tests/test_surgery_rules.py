@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -173,7 +174,7 @@ def test_a_head_of_functions_only_is_noted():
             return self.fc(F.relu(x + x.flip(-1)).mean((2, 3)))
 
     notes = plan(Functions(), example_inputs=X).notes
-    assert len(notes) == 0 or "no KernelNorm added" in notes[0]
+    assert len(notes) == 1 and "no KernelNorm added" in notes[0]
 
 
 def test_final_norm_can_be_declined():
@@ -328,6 +329,31 @@ def test_a_function_in_place_there_is_refused(function):
         convert(model, example_inputs=X)
     outer = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), model)
     assert isinstance(convert(outer, exclude="2.norm", example_inputs=X)[2].norm, nn.BatchNorm2d)
+
+
+def test_overwriting_what_a_norm_read_is_refused():
+    class Late(Skip):
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.norm(x)
+            return torch.relu_(x) + self.conv(y)
+
+    with pytest.raises(UnsupportedModule, match=r"overwrites what norm reads.*exclude='norm'"):
+        convert(Late(), example_inputs=X)
+
+
+def test_a_fused_norm_leaves_its_dropout_activation_and_hooks():
+    fused = BatchNormAct2d(8, act_layer=nn.SiLU, drop_layer=nn.Dropout2d)
+    plain = BatchNormAct2d(8, apply_act=False)
+    model, calls = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), fused, nn.Conv2d(8, 8, 3), plain, nn.Conv2d(8, 8, 3, bias=False)),
+        [],
+    )
+    fused.register_forward_hook(lambda *_: calls.append(1))
+    new = convert(model, example_inputs=X)
+    assert [type(m) for m in new[1]] == [nn.Dropout2d, nn.SiLU] and type(new[3]) is nn.Identity
+    new(X)
+    assert calls == [1] and "its activation stays" in verdict(model, "1").reason
 
 
 def test_a_function_in_place_on_a_fresh_tensor_is_fine():
