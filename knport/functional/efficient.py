@@ -19,7 +19,7 @@ from torch import Tensor
 
 from knport.functional.geometry import Pairs, ntuple, pad, padding_pairs, window_pairs
 from knport.functional.statistics import full_precision, unit_mean, unit_statistics
-from knport.kernels import normalize_units
+from knport.kernels import normalize_units, reciprocal_sd
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -48,7 +48,7 @@ def kernel_norm(
     ones = (1,) * ndim
     pairs = padding_pairs(padding, kernel_size, stride, ones)
     mean, var, _ = unit_statistics(x, kernel_size, stride, pairs, ones, dropout=dropout, dropout_form=dropout_form)
-    rstd = (var + eps).rsqrt()
+    rstd = reciprocal_sd(mean, var, eps)
     units = pad(x, pairs)
     if max(kernel_size) == 1 and max(stride) == 1:
         return ((units - mean) * rstd).to(x.dtype)

@@ -146,14 +146,16 @@ class _Box:
 def _combine(maps: Tensor, box: _Box) -> tuple[Tensor, Tensor]:
     """Channel means and variances per pixel (N, 2, H, W) -> mean and variance of every unit.
 
-    Two levels, the variance within the pixels plus the variance between them, both about a nearby point: E[u^2] - mu^2
-    would cancel on inputs with a large mean.
+    Two levels, the variance within the pixels plus the variance between them. The second is taken about a point near
+    the mean, since E[u^2] - mu^2 would cancel on inputs with a large mean, and is 0 where it is lost in rounding: a
+    constant unit has variance 0 (up to rounding of the first level), a unit of zeros has mean 0 as well, exactly.
     """
     between, within = box.pad(maps).chunk(2, 1)
-    shift = between.detach().mean(dim=tuple(range(1, between.dim())), keepdim=True)  # any point near the mean will do
-    between = between - shift
-    mean, square, within = box(torch.cat([between, between.square(), within], 1)).chunk(3, 1)
-    return mean + shift, within + (square - mean.square()).clamp_min(0)
+    shift = between.detach().mean(dim=tuple(range(1, between.dim())), keepdim=True)
+    shifted = between - shift
+    mean, shifted, square, within = box(torch.cat([between, shifted, shifted.square(), within], 1)).chunk(4, 1)
+    spread = square - shifted.square()
+    return mean, within + torch.where(spread > 8 * torch.finfo(square.dtype).eps * square, spread, 0.0)
 
 
 def _unit_masks(x: Tensor, box: _Box, p: float) -> tuple[Tensor, Tensor]:
@@ -174,13 +176,18 @@ def _drawn_moments(raw: Tensor, mean: Tensor, var: Tensor, p: float, n: int) -> 
 
     `raw` holds m_3 and m_4, (N, 2, O, P).
     """
-    tiny = torch.finfo(mean.dtype).tiny
     m3, m4 = raw.chunk(2, 1)
-    m2 = (var + mean.square()).clamp_min(tiny)
+    m2 = (var + mean.square()).clamp_min(torch.finfo(mean.dtype).tiny)
     q = p / ((1 - p) * n)
-    shift = (q * m2).sqrt() * torch.randn_like(mean)  # mu' - mu
+    shift = _sqrt(q * m2) * torch.randn_like(mean)  # mu' - mu
     slope = m3 / ((1 - p) * m2)  # of m_2' on mu'
-    rest = (q * (m4 - m3.square() / m2)).clamp_min(tiny).sqrt() / (1 - p) * torch.randn_like(mean)
+    rest = _sqrt(q * (m4 - m3.square() / m2)) / (1 - p) * torch.randn_like(mean)
     # m_2' - mu'^2, written so that nothing large cancels
     drawn = (var + p * mean.square()) / (1 - p) + (slope - 2 * mean) * shift - shift.square() + rest
     return mean + shift, drawn.clamp_min(0)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The square root with gradient 0 where x is 0 (or, by rounding, less): a unit of zeros stays one."""
+    positive = x > 1e3 * torch.finfo(x.dtype).tiny
+    return torch.where(positive, x, 1.0).sqrt() * positive

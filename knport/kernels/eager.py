@@ -67,8 +67,9 @@ def normalize_units(
 ) -> Tensor:
     """(convolved - sum_r offset_r vectors_r) / sqrt(var + eps) + bias.
 
-    A unit whose spread is lost in the rounding of its mean is constant: its value is the bias, its gradient that of
-    the formula.
+    A unit whose spread is lost in the rounding of its mean is constant. It yields the bias and passes no gradient: the
+    formula's derivative there is 1 / sqrt(eps), about 300 in every layer, and an activation that is open for a value
+    that is only rounding would let the product of all layers through (flat regions of images do this).
 
     Args:
         convolved: (N, C_out, O, P).
@@ -81,6 +82,13 @@ def normalize_units(
     return _NormalizeUnits.apply(convolved, mean.detach(), var, offset, vectors, bias, eps, dtype)
 
 
+def reciprocal_sd(mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(var + eps), and 0 for units that are constant up to rounding: of their mean, or of values near 1."""
+    precision = torch.finfo(var.dtype).eps
+    rounding = (8 * precision * mean.detach()).square() + eps * precision**2
+    return (var + eps).rsqrt() * (var / (var + rounding)).detach()
+
+
 def _channels(vector: Tensor, ndim: int) -> Tensor:
     return vector[(..., *(None,) * ndim)]  # (C,) -> (C, 1, 1)
 
@@ -91,9 +99,7 @@ class _NormalizeUnits(Function):
     @staticmethod
     def forward(convolved, mean, var, offset, vectors, bias, eps, dtype):
         ndim = convolved.dim() - 2
-        limits = torch.finfo(var.dtype)
-        rounding = (8 * limits.eps * mean).square()
-        rstd = (var + eps).rsqrt() * ((var + limits.tiny) / (var + rounding + limits.tiny))
+        rstd = reciprocal_sd(mean, var, eps)
         scaled = convolved.to(var.dtype) * rstd if bias is None else _biased(convolved, rstd, bias, ndim)
         for r in range(0 if offset is None else offset.shape[1]):
             scaled = torch.addcmul(
@@ -103,16 +109,16 @@ class _NormalizeUnits(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        convolved, _, var, offset, vectors, bias, ctx.eps, _ = inputs
-        ctx.save_for_backward(convolved, var, offset, vectors)
+        convolved, mean, var, offset, vectors, bias, ctx.eps, _ = inputs
+        ctx.save_for_backward(convolved, mean, var, offset, vectors)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx, grad):
-        convolved, var, offset, vectors = ctx.saved_tensors
+        convolved, mean, var, offset, vectors = ctx.saved_tensors
         ndim = grad.dim() - 2
         grad = grad.to(var.dtype)
-        rstd = (var + ctx.eps).rsqrt()
+        rstd = reciprocal_sd(mean, var, ctx.eps)
         over_units = (0, *range(2, grad.dim()))
         grad_bias = None if ctx.bias_dtype is None else grad.sum(over_units).to(ctx.bias_dtype)
         grad_rstd = (grad * convolved).sum(1, keepdim=True)

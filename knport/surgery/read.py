@@ -95,7 +95,7 @@ def _candidates(model: nn.Module, example_inputs: Any) -> Iterator[tuple[tuple, 
         yield (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
     else:
         for size in _default_sizes(model):
-            yield (torch.zeros(2, *size, dtype=_dtype(model), device="meta"),), {}
+            yield (torch.zeros(2, *size, dtype=_dtype(model), device="cpu"),), {}
 
 
 def _default_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:

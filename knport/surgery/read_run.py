@@ -25,7 +25,7 @@ def read_run(model: nn.Module, args: tuple, kwargs: dict, leaves: dict[int, str]
         recorder.read.input_shape = recorder.read.input_shape or tuple(tensor.shape)
     with recorder:
         out = model(*args, **kwargs)
-    recorder.add("output", "output", "output", out, out)
+    recorder.add("output", "output", "output", _sources(out), out)
     return recorder.read
 
 
@@ -69,9 +69,8 @@ class _Recorder(TorchFunctionMode):
             self.add("function", name, function_role(name), inputs, out, writes_in_place(function, args, kwargs))
         return out
 
-    def add(self, op: str, name: str, role: str, inputs: Any, out: Any, inplace: bool = False) -> None:
+    def add(self, op: str, name: str, role: str, inputs: list[int], out: Any, inplace: bool = False) -> None:
         """Append a node and mark the tensors that it made."""
-        inputs = inputs if isinstance(inputs, list) else _sources(inputs)
         index = self.read.add(op, name, role, inputs, first_shape(out), inplace, self.owners[-1])
         for tensor in _tensors(out):
             _mark(tensor, index)
