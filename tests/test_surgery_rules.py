@@ -458,6 +458,23 @@ def test_a_model_that_cannot_be_read_asks_for_inputs():
     assert isinstance(convert(Needy(), example_inputs=(X, 4)).body[0], KNConv2d)
 
 
+@pytest.mark.parametrize("pack", [list, tuple, lambda xs: {"out": list(xs)}])
+@pytest.mark.parametrize("traceable", [True, False])
+def test_several_outputs(pack, traceable):
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = post()
+
+        def forward(self, x):
+            if not traceable and x.sum() > 9:
+                return x
+            x = self.body(x)
+            return pack((x, x + 1))
+
+    assert isinstance(convert(Several(), example_inputs=X).body[0], KNConv2d)
+
+
 def test_control_flow_is_read_by_running():
     class Flow(nn.Module):
         def __init__(self):
@@ -467,7 +484,8 @@ def test_control_flow_is_read_by_running():
         def forward(self, x):
             return self.body(x) if x.shape[-1] > 8 and x.mean() < 9 else x
 
-    assert plan(Flow(), example_inputs=X).reader == "one executed forward"
+    for inputs in (X, None):  # values are needed: neither torch.fx nor the meta device will do
+        assert plan(Flow(), example_inputs=inputs).reader == "one executed forward"
 
 
 def wrapped() -> dict:
