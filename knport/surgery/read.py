@@ -56,15 +56,16 @@ def read(
     Raises:
         KNPortError: no reader could run the model on these inputs.
     """
+    devices = ("meta",) if any(p.is_meta for p in model.parameters()) else ("meta", "cpu")
     problems: list[Exception] = []
     for args, kwargs in _candidates(model, example_inputs):
-        for device in ("meta", "cpu"):
+        for device in devices:
             for reader in readers:
                 try:
                     return _read_once(copy_onto(model, device).train(training), args, kwargs, device, reader)
                 except Exception as error:  # a user's forward may raise anything; the next reader may do without
                     problems.append(error)
-    problem = problems[2 * len(readers) - 1]  # of running the model on the first inputs: the others are our detours
+    problem = problems[len(devices) * len(readers) - 1]  # of running the model on the first inputs: the others are our detours
     raise KNPortError(
         f"could not run {type(model).__name__} to read it ({type(problem).__name__}: {problem}); "
         "pass example_inputs=, what its forward takes: a tensor, a tuple of arguments or a dict"
