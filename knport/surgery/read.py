@@ -65,7 +65,7 @@ def read(
                     return _read_once(copy_onto(model, device).train(training), args, kwargs, device, reader)
                 except Exception as error:  # a user's forward may raise anything; the next reader may do without
                     problems.append(error)
-    problem = problems[len(devices) * len(readers) - 1]  # of running the model on the first inputs: the others are our detours
+    problem = problems[len(devices) * len(readers) - 1]  # of the plain run on the first inputs, which says most
     raise KNPortError(
         f"could not run {type(model).__name__} to read it ({type(problem).__name__}: {problem}); "
         "pass example_inputs=, what its forward takes: a tensor, a tuple of arguments or a dict"
