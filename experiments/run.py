@@ -78,7 +78,7 @@ class Run:
     """Also log to this tracker, in RUN_DIR/track."""
     compile: bool = False
     """Use torch.compile."""
-    channels_last: bool = False
+    channels_last: bool = True
     """Use the channels-last memory format."""
 
     def __post_init__(self):

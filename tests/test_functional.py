@@ -253,6 +253,35 @@ def test_a_flat_image_does_not_spike(form, channels, value):
         assert (y.abs() <= 1.01 * weight.flatten(1).sum(1).abs()[:, None, None] + 1e-3).all()
 
 
+@pytest.mark.parametrize("form", ["none", "expected", "shared", "unit", "moments"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_flat_regions_do_not_open_a_deep_network(value, form):
+    """Beside content (a crop's black border, a white background) flat units must not multiply gradients by
+    1 / sqrt(eps) = 316 in every layer: with zero biases, rounding would decide which activations are open."""
+    x = torch.full((2, 16, 12, 12), value)
+    x[..., 6:] = torch.rand(2, 16, 12, 6)
+    x.requires_grad_()
+    dropout = {} if form == "none" else {"dropout": 0.05, "dropout_form": form}
+    y = x
+    for _ in range(8):
+        weight = torch.randn(16, 16, 3, 3) / 6
+        y = functional.kn_conv(y.relu(), weight, torch.zeros(16), padding=1, **dropout)
+    (gradient,) = torch.autograd.grad(y.square().mean(), x)
+    if value == 0 or form == "none":  # elsewhere dropout makes flat units differ, as it should
+        assert gradient[..., :4].abs().max() <= 3 * gradient[..., 7:].abs().max()
+    assert gradient.abs().max() < 10
+
+
+def test_a_constant_unit_passes_no_gradient_and_a_varied_one_does():
+    x = torch.cat([torch.full((1, 4, 3, 3), 2.0), torch.randn(1, 4, 3, 3)]).requires_grad_()
+    bias = torch.randn(5, requires_grad=True)
+    y = functional.kn_conv(x, torch.randn(5, 4, 3, 3), bias)
+    torch.testing.assert_close(y[0].flatten(), bias)
+    gradient, gradient_bias = torch.autograd.grad(y.sum(), (x, bias))
+    assert gradient[0].abs().max() == 0 < gradient[1].abs().max()
+    torch.testing.assert_close(gradient_bias, torch.full((5,), 2.0))
+
+
 @pytest.mark.parametrize("groups", [1, 4, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.3, 1.0, 10.0])

@@ -85,7 +85,7 @@ def normalize_units(
 def reciprocal_sd(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """1 / sqrt(var + eps), and 0 for units that are constant up to rounding: of their mean, or of values near 1."""
     precision = torch.finfo(var.dtype).eps
-    rounding = (8 * precision * mean.detach()).square() + eps * precision**2
+    rounding = (8 * precision * (mean.detach().abs() + 1)).square()
     return (var + eps).rsqrt() * (var / (var + rounding)).detach()
 
 
