@@ -1,7 +1,7 @@
-"""Kernel normalization in plain tensors: `unit_statistics`, `kernel_norm`, `kn_conv`, and `naive`, their definition."""
+"""Kernel normalization in plain tensors, and `naive`, its definition."""
 
 from knport.functional import naive
-from knport.functional.efficient import kernel_norm, kn_conv
+from knport.functional.efficient import kernel_norm, kn_conv, kn_conv_statistics
 from knport.functional.statistics import DROPOUT_FORMS, unit_statistics
 
-__all__ = ["DROPOUT_FORMS", "kernel_norm", "kn_conv", "naive", "unit_statistics"]
+__all__ = ["DROPOUT_FORMS", "kernel_norm", "kn_conv", "kn_conv_statistics", "naive", "unit_statistics"]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knport.functional.geometry import Pairs, ntuple, pad, padding_pairs, window_pairs
-from knport.functional.statistics import full_precision, unit_mean, unit_statistics
+from knport.functional.statistics import UnitStatistics, full_precision, unit_mean, unit_statistics
 from knport.kernels import normalize_units, reciprocal_sd
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -79,6 +79,7 @@ def kn_conv(
     norm_window=None,
     dropout_form: str = "moments",
     padding_mode: str = "zeros",
+    statistics: UnitStatistics | None = None,
 ) -> Tensor:
     """Convolve kernel normalized units (Eq. 5).
 
@@ -92,6 +93,7 @@ def kn_conv(
         eps: added to the variance.
         norm_window: the size of the block that the statistics are taken of, in pixels (an int or one per spatial
             dimension), centred on the kernel; None for the kernel itself.
+        statistics: what `kn_conv_statistics` gave for this x and these arguments; None to take them here.
 
     Returns:
         (N, C_out, O, P), in the dtype that the convolution has here (autocast included).
@@ -100,31 +102,49 @@ def kn_conv(
     kernel_size = tuple(weight.shape[2:])
     stride, dilation = ntuple(stride, ndim, "stride"), ntuple(dilation, ndim, "dilation")
     pairs = padding_pairs(padding, kernel_size, stride, dilation)
-    window, window_padding, window_dilation = kernel_size, pairs, dilation
-    if norm_window is not None:
-        window = ntuple(norm_window, ndim, "norm_window")
-        window_padding, window_dilation = window_pairs(pairs, kernel_size, dilation, window), (1,) * ndim
-    stats = unit_statistics(
-        x,
-        window,
-        stride,
-        window_padding,
-        window_dilation,
-        dropout=dropout,
-        dropout_form=dropout_form,
-        padding_mode=padding_mode,
-    )
-    own_mean = stats.full_mean
-    if norm_window is not None:
-        own_mean = unit_mean(x, kernel_size, stride, pairs, dilation, padding_mode=padding_mode)
+    if statistics is None:
+        how = {"dropout": dropout, "dropout_form": dropout_form, "padding_mode": padding_mode}
+        statistics = kn_conv_statistics(x, kernel_size, stride, pairs, dilation, norm_window=norm_window, **how)
+    mean, var, own_mean = statistics
     convolved, used_sum, exact_sum = _convolve(x, weight, stride, pairs, dilation, groups, padding_mode)
     # What there is to subtract, as maps times vectors. Sums of float32 weights centred in float32 are rounding.
     parts = [(own_mean, used_sum)] if used_sum is not None else []
-    if stats.mean is not own_mean:
-        parts.append((stats.mean - own_mean, exact_sum))
+    if mean is not own_mean:
+        parts.append((mean - own_mean, exact_sum))
     offset = torch.cat([part[0] for part in parts], 1) if parts else None
     vectors = torch.stack([part[1] for part in parts]) if parts else None
-    return normalize_units(convolved, own_mean, stats.var, offset, vectors, bias, eps, _compute_dtype(x))
+    return normalize_units(convolved, own_mean, var, offset, vectors, bias, eps, _compute_dtype(x))
+
+
+def kn_conv_statistics(
+    x: Tensor,
+    kernel_size,
+    stride=1,
+    padding=0,
+    dilation=1,
+    *,
+    dropout: float = 0.0,
+    norm_window=None,
+    dropout_form: str = "moments",
+    padding_mode: str = "zeros",
+) -> UnitStatistics:
+    """The statistics that `kn_conv` normalizes by, dropout drawn: those of the window, and the kernel's own mean.
+
+    Arguments as `kn_conv`; `full_mean` is the mean of the unit under the kernel, whatever the window.
+    """
+    ndim = x.dim() - 2
+    kernel_size = ntuple(kernel_size, ndim, "kernel_size")
+    stride, dilation = ntuple(stride, ndim, "stride"), ntuple(dilation, ndim, "dilation")
+    pairs = padding_pairs(padding, kernel_size, stride, dilation)
+    how = {"dropout": dropout, "dropout_form": dropout_form, "padding_mode": padding_mode}
+    if norm_window is None:
+        return unit_statistics(x, kernel_size, stride, pairs, dilation, **how)
+    window = ntuple(norm_window, ndim, "norm_window")
+    statistics = unit_statistics(
+        x, window, stride, window_pairs(pairs, kernel_size, dilation, window), (1,) * ndim, **how
+    )
+    own_mean = unit_mean(x, kernel_size, stride, pairs, dilation, padding_mode=padding_mode)
+    return statistics._replace(full_mean=own_mean)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from knport import functional
 from knport.errors import KNPortError
 from knport.functional.geometry import ntuple, padding_pairs
+from knport.functional.statistics import UnitStatistics
 from knport.layers.dropout import StatisticsDropout, with_batch
 
 
 class _KNConv(StatisticsDropout):
     ndim: int
+    # Called with (layer, statistics) in every forward pass where it is set, on the instance: `knport.privacy`.
+    statistics_hook: Callable[[nn.Module, UnitStatistics], None] | None = None
 
     def __init__(
         self,
@@ -65,18 +70,14 @@ class _KNConv(StatisticsDropout):
                 f"{type(self).__name__}: input of shape {tuple(x.shape)} has {x.shape[1]} channels; "
                 f"expected {self.in_channels}"
             )
+        where = (self.stride, self.padding, self.dilation)
+        how = {"norm_window": self.norm_window, "padding_mode": self.padding_mode, **self._dropout_now()}
+        statistics = None
+        if self.statistics_hook is not None:
+            statistics = functional.kn_conv_statistics(x, self.kernel_size, *where, **how)
+            self.statistics_hook(self, statistics)
         y = functional.kn_conv(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            eps=self.eps,
-            norm_window=self.norm_window,
-            padding_mode=self.padding_mode,
-            **self._dropout_now(),
+            x, self.weight, self.bias, *where, self.groups, eps=self.eps, statistics=statistics, **how
         )
         return y.squeeze(0) if unbatched else y
 
