@@ -5,8 +5,8 @@
 One family per file. The same names work in `timm.create_model` once this package is imported.
 """
 
-from architectures import cifar_resnet, knresnet
-from architectures.knresnet import load_published
+from architectures import cifar_resnet, knresnet, knresnet_v1
+from architectures.published import load_published
 from architectures.registry import create_model, list_models
 
-__all__ = ["cifar_resnet", "create_model", "knresnet", "list_models", "load_published"]
+__all__ = ["cifar_resnet", "create_model", "knresnet", "knresnet_v1", "list_models", "load_published"]
