@@ -5,8 +5,19 @@
 One family per file. The same names work in `timm.create_model` once this package is imported.
 """
 
-from architectures import cifar_resnet, knresnet, knresnet_v1
+from architectures import cifar_resnet, convnext, fcn, knresnet, knresnet_v1, resnet, small
 from architectures.published import load_published
 from architectures.registry import create_model, list_models
 
-__all__ = ["cifar_resnet", "create_model", "knresnet", "knresnet_v1", "list_models", "load_published"]
+__all__ = [
+    "cifar_resnet",
+    "convnext",
+    "create_model",
+    "fcn",
+    "knresnet",
+    "knresnet_v1",
+    "list_models",
+    "load_published",
+    "resnet",
+    "small",
+]
