@@ -2,8 +2,8 @@
 
 torchvision's ConvNeXt in which only the three downsampling steps between the stages are kernel normalized: LayerNorm
 and a 2 x 2 stride-2 convolution become a ReLU and a KNConv of the same kernel. Stem, blocks and head keep their
-LayerNorms, so the weights of a trained ConvNeXt fit everywhere else. The paper reports 81.25 % against 80.87 % on
-ImageNet for tiny.
+LayerNorms, and names are torchvision's, so a trained ConvNeXt loads with ``strict=False``: only the LayerNorms of the
+steps are left over. The paper reports 81.25 % against 80.87 % on ImageNet for tiny.
 """
 
 from __future__ import annotations

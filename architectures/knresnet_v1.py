@@ -5,7 +5,9 @@ twice the dropout (0.1) of the final paper and the released code, which `archite
 it was published and the text gives only the inner widths: the widths and depths here are those whose parameters add
 up to its Tables 1, 2 and 4. For KNResNet-34 and -50 all counts agree. For KNResNet-18 the sum is 11,206,468 where
 Table 1 rounds to 11.207 M, and how its four 256-wide blocks are split over the first two sets (here 2 and 2) makes no
-difference to the sum. Use these networks for the first version's numbers only.
+difference to the sum. Use these networks for the first version's numbers only (its Table 2 for ImageNet).
+
+Images are 32 x 32 or larger with ``low_resolution``, 128 x 128 or larger without: the last 2 x 2 kernel is not padded.
 """
 
 from __future__ import annotations
