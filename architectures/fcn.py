@@ -3,7 +3,8 @@
 The kernel normalized ones follow Figure 6 of the paper (the same in both versions; the authors published no code of
 them). Where they differ from the KNResNets for classification: the kernels of basic and transition blocks and of the
 transitions' max pools are 3 x 3, the widths are 64, 128, 256 and 512, dropout is 0.1 and before the classifier 0.5.
-The figure does not give the pools' stride and padding; 2 and 1 halve the map. All parameter counts are the paper's.
+The figure does not give the pools' stride and padding (2 and 1 halve the map), nor the text the initialization (that of
+the competitors). All parameter counts are the paper's.
 
 The competitors are torchvision's ResNets with two convolutions in the place of pool and linear layer, as in the
 authors' released code. (They are not torchvision's own ``fcn_resnet50``, whose last stages are dilated.)

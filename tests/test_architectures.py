@@ -11,6 +11,7 @@ from torchvision.ops import StochasticDepth
 
 import architectures
 import knport
+from architectures.resnet import PreActBasic, PreActBottleneck
 from architectures.small import Dense, PreActivation
 
 LOW, HIGH = True, False
@@ -287,6 +288,17 @@ def test_activation_comes_first_and_is_the_one_asked_for():
     assert count(on_meta("dp_kndensenet20x16"), nn.Mish) == 18
     model = on_meta("dp_kndensenet20x16", activation=nn.ReLU)
     assert (count(model, nn.Mish), count(model, nn.ReLU)) == (0, 18)
+
+
+@pytest.mark.parametrize("block, last", [(PreActBasic, "conv2"), (PreActBottleneck, "conv3")])
+def test_preactivation_shortcuts(block, last):
+    """The identity passes the input as it is; a convolution reads what the branch reads."""
+    x = torch.randn(2, 8, 6, 6)
+    same, down = block(8, 8 // block.expansion, stride=1), block(8, 4, stride=2)
+    for module in (same, down):
+        nn.init.zeros_(getattr(module, last).weight)
+    assert torch.equal(same(x), x)
+    torch.testing.assert_close(down(x), down.shortcut(down.norm1(x).relu()))
 
 
 def test_pooled_features_without_classes():
