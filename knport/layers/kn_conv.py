@@ -81,6 +81,11 @@ class _KNConv(StatisticsDropout):
         )
         return y.squeeze(0) if unbatched else y
 
+    def __call__(self, *args, **kwargs) -> Tensor:
+        y = super().__call__(*args, **kwargs)
+        # What a full backward hook returns must not be edited in place, as `x += shortcut` in ResNets would.
+        return y if self.statistics_hook is None or not self._backward_hooks else y.clone()
+
     def extra_repr(self) -> str:
         window = "" if self.norm_window is None else f", norm_window={self.norm_window}"
         return f"{super().extra_repr()}, {self._dropout_repr()}{window}"

@@ -18,7 +18,7 @@ def prepare(model: nn.Module) -> nn.Module:
     """Let Opacus train `model`: its KN layers keep the statistics that per-sample gradients are made of.
 
     They keep them only while Opacus holds the model, so that a prepared model is otherwise what it was. Activations in
-    place are made to return new tensors, since the hooks of Opacus cannot watch a layer whose output is overwritten.
+    place are made to return new tensors, and KN layers return copies: nothing may edit what a hook of Opacus watches.
 
     Works with ``grad_sample_mode="hooks"`` (the default) and ``"ghost"``; with ``"functorch"`` at dropout 0 only, else
     the forward pass raises.
