@@ -1,6 +1,8 @@
 """Differentially private training (DP-SGD) of kernel normalized networks with Opacus: exact per-sample gradients.
 
-    model = knport.privacy.prepare(knport.convert(model))       # or prepare(architectures.create_model("knresnet18"))
+    from knport import privacy
+
+    model = privacy.prepare(knport.convert(model))  # or privacy.prepare(architectures.create_model("knresnet18"))
     engine = opacus.PrivacyEngine()
     model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader, ...)
 
