@@ -4,7 +4,7 @@ model = knport.convert(model)   # any network
 knport.KNConv2d(64, 128, 3)     # or layer by layer, in the place of norm and convolution
 """
 
-from knport import functional
+from knport import functional, privacy
 from knport.errors import (
     AlreadyWrapped,
     KNPortError,
@@ -34,5 +34,6 @@ __all__ = [
     "convert",
     "functional",
     "plan",
+    "privacy",
     "replace_norm",
 ]
