@@ -10,8 +10,9 @@ from torch import nn
 import architectures
 import knport
 from knport.errors import KNPortError, UnknownName
+from knport.surgery import replace
 
-NORMS = ("original", "kernel", "batch", "group", "layer", "instance", "none")
+NORMS = ("original", "kernel", *replace.NORMS)
 KERNEL_NORMS = (knport.KernelNorm1d, knport.KernelNorm2d, knport.KernelNorm3d)
 KN_CONVS = (knport.KNConv1d, knport.KNConv2d, knport.KNConv3d)
 AUXILIARY = ("googlenet", "inception_v3")  # of torchvision: more than one output while training, unless told otherwise

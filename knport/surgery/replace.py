@@ -93,3 +93,5 @@ _FACTORIES: dict[str, Callable[[int, nn.Module, int], nn.Module]] = {
     "instance": _by_dimension("InstanceNorm", affine=True),
     "none": lambda channels, old, groups: nn.Identity(),
 }
+
+NORMS = tuple(_FACTORIES)
