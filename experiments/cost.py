@@ -51,15 +51,20 @@ def measure(
     """Measure every network on one batch; one that cannot make a step is left out (its training says why).
 
     Args:
-        build: makes the network of a (model, norm), on the CPU.
+        build: makes the network of a (model, norm), on the CPU; it is measured in the channels-last layout.
         networks: the (model, norm) pairs; ratios are to the pair (model, "original") where it is among them.
         batch: images and labels on the device to measure on.
         seconds: about how long the timing of all networks together may take; at least five rounds are made.
     """
     device = batch.images.device
-    static = {network: found for network in networks if (found := _static(build, network, batch))}
+    batch = Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels)
+
+    def placed(model: str, norm: str) -> nn.Module:  # as runs train by default
+        return build(model, norm).to(device, memory_format=torch.channels_last)
+
+    static = {network: found for network in networks if (found := _static(placed, network, batch))}
     networks = list(static)
-    times = time_steps({network: build(*network).to(device) for network in networks}, batch, seconds=seconds)
+    times = time_steps({network: placed(*network) for network in networks}, batch, seconds=seconds)
     costs = {}
     for model, norm in networks:
         mine, base = times[model, norm], times.get((model, "original"))
@@ -176,7 +181,7 @@ def _static(build: Callable[[str, str], nn.Module], network: Network, batch: Bat
     """Everything but time, of a network that is freed before the next one comes; empty if it makes no step."""
     try:
         model = build(*network)
-        TrainingStep(model.to(batch.images.device), batch)()
+        TrainingStep(model, batch)()
     except UnknownName:
         raise
     except (RuntimeError, ValueError):

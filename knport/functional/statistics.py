@@ -28,7 +28,7 @@ from torch import Tensor
 
 from knport.errors import UnknownName
 from knport.functional.geometry import Pairs, output_size, pad
-from knport.kernels import channel_moments
+from knport.kernels import channel_moments, draw_statistics
 
 DROPOUT_FORMS = ("shared", "unit", "moments", "expected")
 
@@ -93,8 +93,10 @@ def unit_statistics(
             var = (var * (1 - dropout / n) + mean.square() * (dropout * (1 - 1 / n))) / (1 - dropout)
             return UnitStatistics(mean, var, mean)
         if gaussian:
-            dropped, dropped_var = _drawn_moments(box(box.pad(maps[:, 2:])), mean, var, dropout, n)
-        elif dropout_form == "shared":
+            third, fourth = box(box.pad(maps[:, 2:])).split(1, 1)
+            noise = torch.randn_like(mean), torch.randn_like(mean)
+            return UnitStatistics(*draw_statistics(mean, var, third, fourth, *noise, dropout, n), mean)
+        if dropout_form == "shared":
             dropped, dropped_var = _combine(channel_moments(F.dropout(x, dropout), 2), box)
         else:
             dropped, dropped_var = _unit_masks(x, box, dropout)
@@ -167,27 +169,3 @@ def _unit_masks(x: Tensor, box: _Box, p: float) -> tuple[Tensor, Tensor]:
         total_square = total_square + kept.square().mean(1, keepdim=True)
     mean = total / places
     return mean, (total_square / places - mean.square()).clamp_min(0)
-
-
-def _drawn_moments(raw: Tensor, mean: Tensor, var: Tensor, p: float, n: int) -> tuple[Tensor, Tensor]:
-    """Draw (mu', var'). With m_j the unit's j-th moment and q = p / ((1 - p) n):
-
-        Var[mu'] = q m_2,  Var[m_2'] = q m_4 / (1 - p)^2,  Cov[mu', m_2'] = q m_3 / (1 - p)
-
-    `raw` holds m_3 and m_4, (N, 2, O, P).
-    """
-    m3, m4 = raw.chunk(2, 1)
-    m2 = (var + mean.square()).clamp_min(torch.finfo(mean.dtype).tiny)
-    q = p / ((1 - p) * n)
-    shift = _sqrt(q * m2) * torch.randn_like(mean)  # mu' - mu
-    slope = m3 / ((1 - p) * m2)  # of m_2' on mu'
-    rest = _sqrt(q * (m4 - m3.square() / m2)) / (1 - p) * torch.randn_like(mean)
-    # m_2' - mu'^2, written so that nothing large cancels
-    drawn = (var + p * mean.square()) / (1 - p) + (slope - 2 * mean) * shift - shift.square() + rest
-    return mean + shift, drawn.clamp_min(0)
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """The square root with gradient 0 where x is 0 (or, by rounding, less): a unit of zeros stays one."""
-    positive = x > 1e3 * torch.finfo(x.dtype).tiny
-    return torch.where(positive, x, 1.0).sqrt() * positive

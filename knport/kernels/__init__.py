@@ -4,6 +4,6 @@ Left to autograd, every step of the arithmetic would save a full-size tensor; he
 all that is kept, as with convolution and BatchNorm.
 """
 
-from knport.kernels.eager import channel_moments, normalize_units, reciprocal_sd
+from knport.kernels.eager import channel_moments, draw_statistics, normalize_units, reciprocal_sd
 
-__all__ = ["channel_moments", "normalize_units", "reciprocal_sd"]
+__all__ = ["channel_moments", "draw_statistics", "normalize_units", "reciprocal_sd"]
