@@ -18,8 +18,9 @@ READING = (
     "Accuracies are top-1 in percent on the test images after the last step: mean ± standard deviation over n seeds, "
     "no deviation for one seed. Best of its column and model in bold. Two norms count as different when their means "
     f"are more than {STANDARD_ERRORS:g} standard errors apart, from the seeds and from the number of test images.",
-    "A training step is forward, loss, backward and SGD, in float32 and channels-last, on images already on the device: the median and "
-    "the 20 to 80 % quantiles; the networks of a batch size take turns, and ratios are formed within a turn.",
+    "A training step is forward, loss, backward and SGD, in float32 and channels-last, on images already on the "
+    "device: the median and the 20 to 80 % quantiles; the networks of a batch size take turns, and ratios are formed "
+    "within a turn.",
     "MACs are those of convolutions and linear layers, one image forward. FLOP counters do not see the statistics of a "
     "normalization, so the measured time says what kernel normalization costs.",
     "Peak MiB: all tensors alive during a step, weights and momentum included. Saved MiB: what autograd keeps from the "
