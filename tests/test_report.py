@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from fabricated import comparison, cost, run_folder
@@ -11,7 +12,7 @@ from fabricated import comparison, cost, run_folder
 from experiments import plots, tables
 from experiments.collect import collect
 from experiments.published import published
-from experiments.readme_table import BEGIN, END, readme_table, section, updated
+from experiments.readme_table import BEGIN, END, PICTURE, readme_table, section, updated
 from experiments.report import load, markdown, report
 from experiments.results import COLUMNS, Row, read, write
 from experiments.summary import best_norms, clearly_apart, format_cell, headline, series_of
@@ -242,3 +243,11 @@ def test_readme_table_replaces_what_stands_between_the_markers(apart, tmp_path, 
 def test_readme_without_markers(text):
     with pytest.raises(KNPortError, match="expected the line"):
         updated(text, "x")
+
+
+def test_the_readme_shows_the_committed_results():
+    """The table is what `python -m experiments.readme_table` makes of the CSV."""
+    root = Path(__file__).parents[1]
+    csv, text = Path("experiments/results/cifar100/results.csv"), (root / "README.md").read_text(encoding="utf-8")
+    content = section(read(root / csv).rows, csv.as_posix(), csv.with_name(PICTURE).as_posix())
+    assert updated(text, content) == text
