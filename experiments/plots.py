@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from experiments.summary import Series
+from experiments.summary import Series, main_budget
 
 INK, FAINT = "#1f2430", "#c9ced8"
 # kind of norm -> (colour on light, colour on dark, marker)
@@ -53,11 +53,16 @@ def themes() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def accuracy_plot(series: Sequence[Series], batch_sizes: Sequence[int], *, themed: bool = True) -> str:
-    """SVG: top-1 against batch size, a line per network, bars of one SD where there are seeds for it."""
+    """SVG: top-1 against batch size, a line per network, bars of one SD where there are seeds for it.
+
+    Cells of another budget than their column's are left to the table: a line to them would show the budget.
+    """
     figure, axes = _panel()
     labels = []
+    main = {size: main_budget(series, size) for size in batch_sizes}
     for number, one in enumerate(series):
-        points = [(size, one.cells[size]) for size in batch_sizes if size in one.cells and one.cells[size].values]
+        cells = [(size, one.cells[size]) for size in batch_sizes if size in one.cells]
+        points = [(size, cell) for size, cell in cells if cell.values and cell.budget == main[size]]
         if not points:
             continue
         x, y = [batch_sizes.index(size) for size, _ in points], [cell.mean for _, cell in points]

@@ -163,6 +163,12 @@ def test_another_budget_is_marked_and_not_ranked():
     assert tables.accuracy(rows).rows[2][1].text == "90.0†" and "†" in tables.remarks(rows)[0]
 
 
+def test_another_budget_is_not_drawn_as_if_it_were_the_batch_size():
+    rows = [row(norm, size) for norm in ("original", "kernel") for size in (2, 32)]
+    assert plots.accuracy_plot(series_of([*rows, row("group", 2)]), [2, 32]).count("GroupNorm") > 0
+    assert plots.accuracy_plot(series_of([*rows, row("group", 2, steps=900)]), [2, 32]).count("GroupNorm") == 0
+
+
 def test_seeds_of_different_budgets_are_pointed_out():
     assert "the seeds differ" in " ".join(tables.remarks([row(seed=0), row(seed=1, steps=200)]))
 
