@@ -149,7 +149,7 @@ def kn_conv_statistics(
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 

@@ -41,8 +41,8 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def full_precision(x: Tensor):
     """The context in which autocast lets the arithmetic on `x` be."""
-    device = x.device.type  # the meta device has no autocast to switch off
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # The meta device has no autocast to switch off.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class UnitStatistics(NamedTuple):

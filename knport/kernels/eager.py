@@ -170,7 +170,8 @@ class _NormalizeUnits(Function):
             scaled = torch.addcmul(
                 scaled, offset[:, r : r + 1] * rstd, _channels(vectors[r], ndim).to(var.dtype), value=-1
             )
-        return scaled.to(dtype)
+        # not `.to` where there is nothing to do: compiled by torch 2.11, a returned alias loses all gradients
+        return scaled if scaled.dtype == dtype else scaled.to(dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
