@@ -1,7 +1,8 @@
-"""The two passes that kernel normalization adds to a convolution, each with its backward pass written out.
+"""What kernel normalization adds to a convolution, each step with its backward pass written out.
 
-Left to autograd, every step of the arithmetic would save a full-size tensor; here x and the convolution's output are
-all that is kept, as with convolution and BatchNorm.
+`channel_moments` reads the input once more, `draw_statistics` works on one-channel maps, `normalize_units` scales and
+shifts the convolution's output. Left to autograd, every step of the arithmetic would save a tensor; here the input, the
+convolution's output and one-channel maps are all that is kept: the full-size tensors of convolution and BatchNorm.
 """
 
 from knport.kernels.eager import channel_moments, draw_statistics, normalize_units, reciprocal_sd

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from knport.errors import KNPortError
 from knport.surgery.graph import Graph, Shape
 from knport.surgery.roles import function_role, module_role
 
@@ -15,7 +16,7 @@ from knport.surgery.roles import function_role, module_role
 def read_fx(model: nn.Module, args: tuple, kwargs: dict, leaves: dict[int, str]) -> Graph:
     """Trace `model` (its leaves as one node each) and run the trace on `args`; any failure raises."""
     if kwargs:
-        raise NotImplementedError("keyword inputs are read by running the model")
+        raise KNPortError("torch.fx traces positional inputs only; keyword inputs are read by running the model")
     trace = _Tracer(leaves).trace(model, concrete_args=_defaults(model, len(args)))
     interpreter = _Interpreter(model, trace, leaves)
     interpreter.run(*args)
