@@ -13,7 +13,7 @@ from knport.errors import (
     UnmatchedPattern,
     UnsupportedModule,
 )
-from knport.layers import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d
+from knport.layers import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d, KNLinear
 from knport.surgery import KNConfig, convert, plan
 from knport.surgery.replace import replace_norm
 
@@ -23,6 +23,7 @@ __all__ = [
     "KNConv1d",
     "KNConv2d",
     "KNConv3d",
+    "KNLinear",
     "KNPortError",
     "KernelNorm1d",
     "KernelNorm2d",
