@@ -114,17 +114,8 @@ class Plan:
             KNPortError: `model` has other modules than the one the plan was made for.
         """
         refuse_wrapped(model)
-        self._check_structure(model)
+        check_structure(self.model, self.structure, model)
         return swap(model, self, inplace=inplace)
-
-    def _check_structure(self, model: nn.Module) -> None:
-        known, found = dict(self.structure), dict(structure_of(model))
-        for path in {**known, **found}:
-            if known.get(path) != found.get(path):
-                raise KNPortError(
-                    f"this plan was made for another {self.model}: at {path or '(the model itself)'} it expects "
-                    f"{known.get(path, 'nothing')}, found {found.get(path, 'nothing')}; make a new one with knport.plan"
-                )
 
     def to_json(self) -> str:
         """The plan as a versioned JSON object, without the structure that it is checked against."""
@@ -142,3 +133,14 @@ def structure_of(model: nn.Module) -> tuple[tuple[str, str], ...]:
     """(path, class and its settings) of every module under every name."""
     modules = model.named_modules(remove_duplicate=False)
     return tuple((path, f"{type(module).__name__}({module.extra_repr()})") for path, module in modules)
+
+
+def check_structure(name: str, structure: tuple[tuple[str, str], ...], model: nn.Module) -> None:
+    """Raise `KNPortError` unless `model` has the modules of the `structure` that a plan for a `name` was made for."""
+    known, found = dict(structure), dict(structure_of(model))
+    for path in {**known, **found}:
+        if known.get(path) != found.get(path):
+            raise KNPortError(
+                f"this plan was made for another {name}: at {path or '(the model itself)'} it expects "
+                f"{known.get(path, 'nothing')}, found {found.get(path, 'nothing')}; make a new one with knport.plan"
+            )

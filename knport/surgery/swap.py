@@ -14,7 +14,7 @@ from knport.surgery.kinds import KN_CONVS, KN_NORMS, fused_parts
 if TYPE_CHECKING:
     from knport.surgery.plan import FinalNorm, Plan, Verdict
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -38,23 +38,28 @@ def swap(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     # Nothing has been changed up to here; what follows cannot fail.
     for module in switched:
         module.inplace = False
+    exchange(model, new)
+    return model
+
+
+def exchange(model: nn.Module, new: dict[int, nn.Module]) -> None:
+    """Put each new module in the place of the old one, by its id, under all its names."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # not named_children: it hides the second name of a shared module
             if id(child) in new:
                 parent._modules[name] = new[id(child)]
-    return model
 
 
 def _replacement(old: nn.Module, verdict: Verdict, config: KNConfig) -> nn.Module:
     if verdict.kind == "conv":
-        return _adopt(_kn_conv(old, verdict, config), old)
+        return adopt(_kn_conv(old, verdict, config), old)
     parts = fused_parts(old)
     if verdict.verdict == "KernelNorm":
         parts = [_kernel_norm(verdict, config, old), *parts]
-    hooked = any(getattr(old, hooks) for hooks in _HOOKS[:-1])
+    hooked = any(getattr(old, hooks) for hooks in HOOKS[:-1])
     if len(parts) == 1 and not hooked:
         return parts[0]
-    return _adopt(nn.Sequential(*parts) if parts else nn.Identity(), old)
+    return adopt(nn.Sequential(*parts) if parts else nn.Identity(), old)
 
 
 def _kernel_norm(site: Verdict | FinalNorm, config: KNConfig, old: nn.Module) -> nn.Module:
@@ -94,9 +99,9 @@ def _kn_conv(old: nn.Module, verdict: Verdict, config: KNConfig) -> nn.Module:
     return new
 
 
-def _adopt(new: nn.Module, old: nn.Module) -> nn.Module:
+def adopt(new: nn.Module, old: nn.Module) -> nn.Module:
     """Give `new` the hooks and the train flag of `old`; the dictionaries themselves, so that handles keep working."""
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     return _in_mode(new, old)
 
