@@ -42,6 +42,16 @@ LAYERS = {
     "one side padded": {"kernel_size": 2, "padding": "pairs"},
     "one side padded, strided groups": {"kernel_size": 2, "padding": "pairs", "stride": 2, "groups": 2},
 }
+# KNLinear: shape of the input behind the batch dimension, and options
+TOKENS = {
+    "vectors": ((9,), {}),
+    "tokens": ((11, 9), {}),
+    "no bias": ((11, 9), {"bias": False}),
+    "window": ((12, 9), {"norm_window": 3, "grid_size": (3, 4)}),
+    "window behind a class token": ((26, 9), {"norm_window": 3, "prefix_tokens": 1}),
+    "map": ((4, 5, 9), {"norm_window": (3, 2)}),
+    "windows of windows": ((2, 3, 2, 9), {}),
+}
 FORMS = ["moments", "shared", "unit"]
 
 
@@ -78,6 +88,24 @@ def samples_of(layer, x, wrapper=GradSampleModule, **options):
 def test_samples_are_those_of_autograd_on_the_same_forward_pass(name, ndim, dtype):
     layer = make(name, ndim).to(dtype)
     ours, expected = samples_of(layer, torch.randn(3, 4, *SIZES[ndim], dtype=dtype))
+    assert ours.keys() == expected.keys() == dict(layer.named_parameters()).keys()
+    for key, sample in ours.items():
+        assert distance(sample, expected[key]) < EXACT[dtype]
+        assert distance(sample.sum(0), layer.get_parameter(key).grad) < EXACT[dtype]
+
+
+def make_linear(name, **options):
+    shape, settings = TOKENS[name]
+    return knport.KNLinear(9, 8, dropout=0.2, **settings, **options), torch.randn(3, *shape)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("name", TOKENS)
+def test_samples_of_a_linear_layer_are_those_of_autograd(name, dtype, form):
+    layer, x = make_linear(name, dropout_form=form)
+    layer, x = layer.to(dtype), x.to(dtype)
+    ours, expected = samples_of(layer, x)
     assert ours.keys() == expected.keys() == dict(layer.named_parameters()).keys()
     for key, sample in ours.items():
         assert distance(sample, expected[key]) < EXACT[dtype]
@@ -233,6 +261,23 @@ def test_both_ways_to_the_norm(name, ndim, way, monkeypatch):
         assert distance(p._norm_sample, expected[key].flatten(1).norm(dim=1)) < 1e-9
 
 
+@pytest.mark.parametrize("way", ["_norms_of_sums", "_linear_plain_norms"])
+@pytest.mark.parametrize("name", TOKENS)
+def test_both_ways_to_the_norm_of_a_linear_layer(name, way, monkeypatch):
+    other = {"_norms_of_sums", "_linear_plain_norms"} - {way}
+    monkeypatch.setattr(samplers, other.pop(), getattr(samplers, way))
+    layer, x = make_linear(name)
+    layer, x = layer.double(), x.double()
+    torch.manual_seed(4)
+    _, expected = samples_of(copy.deepcopy(layer), x)
+    torch.manual_seed(4)
+    model = GradSampleModuleFastGradientClipping(privacy.prepare(layer), loss_reduction="sum", max_grad_norm=1.0)
+    y = model(x)
+    (y * torch.randn_like(y)).sum().backward()
+    for key, p in layer.named_parameters():
+        assert distance(p._norm_sample, expected[key].flatten(1).norm(dim=1)) < 1e-9
+
+
 @pytest.mark.parametrize("wrapper", [GradSampleModule, GradSampleModuleFastGradientClipping])
 def test_no_image_moves_the_sum_by_more_than_the_bound(wrapper):
     model, bound = small(), 0.5
@@ -377,6 +422,7 @@ def test_computed_weights_and_other_forwards_are_refused():
     computed = parametrizations.weight_norm(make("plain", 2))
     assert "computed" in str(privacy.validate(computed)[0])
     assert "forward of its own" in str(privacy.validate(Shifted(4, 4, 3))[0])
+    assert "computed" in str(privacy.validate(parametrizations.weight_norm(knport.KNLinear(4, 4)))[0])
 
 
 def test_a_sub_class_with_our_forward_is_a_kn_layer():
@@ -397,6 +443,9 @@ def test_mistakes_are_told():
     held = GradSampleModule(privacy.prepare(make("plain", 2)))
     with pytest.raises(KNPortError, match="batch dimension"):
         held(torch.randn(4, 6, 6)).sum().backward()
+    held = GradSampleModule(privacy.prepare(knport.KNLinear(4, 4, norm_window=3)))
+    with pytest.raises(KNPortError, match="batch dimension"):
+        held(torch.randn(9, 4)).sum().backward()
 
 
 class EditsInPlace(nn.Module):

@@ -32,7 +32,7 @@ class KNLinear(StatisticsDropout, nn.Linear):
         eval_stats: "expected" (deterministic, the expected mean and variance under dropout, so that the scale is that
             of training), "plain" (the undropped unit's) or "sample" (dropout stays on).
         dropout_form: "moments", "shared" or "unit"; see `knport.functional`.
-        grid_size: (H, W) of the tokens of a sequence; None for a square. Also an attribute, and an argument of each
+        grid_size: (H, W) of the tokens of a sequence; None for a square. Also an attribute, and a keyword of each
             call where it changes with the image.
 
     Shape:
@@ -71,7 +71,7 @@ class KNLinear(StatisticsDropout, nn.Linear):
         self.grid_size = None if grid_size is None else ntuple(grid_size, 2, "grid_size")
         self._set_dropout(dropout, eps, eval_stats, dropout_form)
 
-    def forward(self, x: Tensor, grid_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, grid_size: Sequence[int] | None = None) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise KNPortError(
                 f"{type(self).__name__}: input of shape {tuple(x.shape)}; expected {self.in_features} features in the "

@@ -9,8 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from knport.errors import AlreadyWrapped, KNPortError
 from knport.layers.kn_conv import KNConv1d, KNConv2d, KNConv3d, _KNConv
+from knport.layers.kn_linear import KNLinear
 from knport.privacy.record import record
-from knport.privacy.samplers import grad_samples, norm_samples
+from knport.privacy.samplers import grad_samples, linear_grad_samples, linear_norm_samples, norm_samples
 from knport.privacy.validate import validate
 
 
@@ -44,7 +45,7 @@ def prepare(model: nn.Module) -> nn.Module:
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise KNPortError(f"{len(problems)} modules stand against private training:\n{listed}")
-    layers = [module for module in model.modules() if isinstance(module, _KNConv)]
+    layers = [module for module in model.modules() if isinstance(module, (_KNConv, KNLinear))]
     register(*{type(layer) for layer in layers})
     for layer in layers:
         layer.statistics_hook = record
@@ -55,16 +56,17 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def register(*classes: type[nn.Module]) -> None:
-    """Tell Opacus of KNConv1d, 2d, 3d and the given sub-classes, and its validator of all known kin of BatchNorm.
+    """Tell Opacus of KNConv1d, 2d, 3d, KNLinear and the given sub-classes, and its validator of all kin of BatchNorm.
 
     Opacus looks up layers by their exact class. `prepare` calls this; what Opacus knows already stays.
     """
     grad_sample, validators = _opacus("grad_sample"), _opacus("validators")
     samplers, known = grad_sample.GradSampleModule.GRAD_SAMPLERS, validators.ModuleValidator.VALIDATORS
-    for kind in (KNConv1d, KNConv2d, KNConv3d, *classes):
+    for kind in (KNConv1d, KNConv2d, KNConv3d, KNLinear, *classes):
         if kind not in samplers:
-            grad_sample.register_grad_sampler(kind)(grad_samples)
-            grad_sample.register_norm_sampler(kind)(norm_samples)
+            linear = issubclass(kind, KNLinear)
+            grad_sample.register_grad_sampler(kind)(linear_grad_samples if linear else grad_samples)
+            grad_sample.register_norm_sampler(kind)(linear_norm_samples if linear else norm_samples)
         known.setdefault(kind, _prepared)
     for kind in _subclasses(_BatchNorm):
         known.setdefault(kind, _never)

@@ -1,12 +1,13 @@
-"""Per-sample gradients of KNConv and their norms, from the statistics of the forward pass.
+"""Per-sample gradients of KNConv and KNLinear and their norms, from the statistics of the forward pass.
 
 With y = (U * W - mu' sum(W)) rstd + b (Nasirigerdeh et al., TMLR 2024, Eq. 5) and g = dL/dy rstd, image n has
 
     dL_n/dW = sum over positions of g (U - mu'),    dL_n/db = sum over positions of dL/dy
 
-A constant unit has rstd 0 and gives the weights nothing, as in the backward pass itself.
+where U is the unit under the kernel, or the token. A constant unit has rstd 0 and gives the weights nothing, as in the
+backward pass itself.
 
-Legend: N images, C channels, O x P the output's map, L = O P positions, G groups, M = (C / G) k_h k_w entries.
+Legend: N images, C channels, O x P the output's map, L positions (O P) or tokens, G groups, M = C k_h k_w / G entries.
 """
 
 from __future__ import annotations
@@ -64,19 +65,65 @@ def norm_samples(layer: nn.Module, activations: list[Tensor], backprops: Tensor)
     return norms
 
 
+def linear_grad_samples(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """`grad_samples` for KNLinear: its input (N, ..., C), and backprops (N, ..., C_out)."""
+    tokens, backprops, g = _scaled_tokens(layer, activations[0], backprops)
+    samples = {}
+    if layer.weight.requires_grad:
+        samples[layer.weight] = _linear_gradients(tokens, g).to(layer.weight.dtype)
+    if layer.bias is not None and layer.bias.requires_grad:
+        samples[layer.bias] = backprops.sum(1).to(layer.bias.dtype)
+    return samples
+
+
+def linear_norm_samples(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """`norm_samples` for KNLinear. Arguments as `linear_grad_samples`."""
+    tokens, backprops, g = _scaled_tokens(layer, activations[0], backprops)
+    norms = {}
+    if layer.weight.requires_grad:
+        few = 2 * tokens.shape[1] ** 2 < layer.weight.numel()
+        norms[layer.weight] = (_norms_of_sums if few else _linear_plain_norms)(tokens, g)
+    if layer.bias is not None and layer.bias.requires_grad:
+        norms[layer.bias] = backprops.sum(1).norm(dim=1)
+    return norms
+
+
+def _scaled_tokens(layer, x: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x - mu', (N, L, C), and dL/dy and g = dL/dy rstd, (N, L, C_out), in float32 or better."""
+    mean, rstd = (maps.flatten(1).unsqueeze(2) for maps in take(layer))  # (N, 1, A, B) -> (N, L, 1)
+    tokens = x.unsqueeze(1) if x.dim() < 3 else x.flatten(1, -2)
+    if (max(layer.norm_window) > 1 and x.dim() < 3) or mean.shape[:2] != tokens.shape[:2]:
+        raise _no_batch(layer, backprops, mean)
+    backprops = backprops.reshape(*tokens.shape[:2], layer.out_features).to(mean.dtype)
+    return tokens.to(mean.dtype) - mean, backprops, backprops * rstd
+
+
+def _linear_gradients(tokens: Tensor, g: Tensor) -> Tensor:
+    with full_precision(tokens):
+        return g.transpose(1, 2) @ tokens  # (N, C_out, C)
+
+
+def _linear_plain_norms(tokens: Tensor, g: Tensor) -> Tensor:
+    return _linear_gradients(tokens, g).flatten(1).norm(dim=1)
+
+
 def _scaled(layer, x: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The padded input, mu' and g = dL/dy rstd, in float32 or better; input and mu' less the mean of each image."""
     mean, rstd = take(layer)
     if mean.shape[2:] != backprops.shape[2:] or len(mean) != len(x):
-        raise KNPortError(
-            f"{type(layer).__name__}: gradients of shape {tuple(backprops.shape)} for statistics of shape "
-            f"{tuple(mean.shape)}; per-sample gradients need input with a batch dimension, first"
-        )
+        raise _no_batch(layer, backprops, mean)
     pairs = padding_pairs(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
     units = pad(x.to(mean.dtype), pairs, layer.padding_mode)
     # U - mu' is the difference of two sums below; this keeps both small where the input's mean is large
     shift = units.mean(dim=tuple(range(1, units.dim())), keepdim=True)
     return units - shift, mean - shift, backprops * rstd
+
+
+def _no_batch(layer, backprops: Tensor, mean: Tensor) -> KNPortError:
+    return KNPortError(
+        f"{type(layer).__name__}: gradients of shape {tuple(backprops.shape)} for statistics of shape "
+        f"{tuple(mean.shape)}; per-sample gradients need input with a batch dimension, first"
+    )
 
 
 def _weight_gradients(layer, units: Tensor, mean: Tensor, g: Tensor) -> Tensor:
@@ -120,6 +167,11 @@ def _ghost_norms(layer, units: Tensor, mean: Tensor, g: Tensor) -> Tensor:
     units = units.flatten(2 + layer.ndim).flatten(2, 1 + layer.ndim).unflatten(1, (layer.groups, -1))
     units = units.transpose(2, 3).flatten(3)
     g = g.flatten(2).unflatten(1, (layer.groups, -1)).transpose(2, 3)  # (N, C_out, O, P) -> (N, G, L, C_out / G)
+    return _norms_of_sums(units, g)
+
+
+def _norms_of_sums(units: Tensor, g: Tensor) -> Tensor:
+    """|sum_l g_l u_l^T| for (N, .., L, M) and (N, .., L, C_out), from inner products of positions: (N,)."""
     with full_precision(units):
-        products = (units @ units.transpose(2, 3)) * (g @ g.transpose(2, 3))
+        products = (units @ units.transpose(-1, -2)) * (g @ g.transpose(-1, -2))
     return products.flatten(1).sum(1).clamp_min(0).sqrt()

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from knport.errors import UnsupportedModule
 from knport.layers.dropout import StatisticsDropout
 from knport.layers.kn_conv import _KNConv
+from knport.layers.kn_linear import KNLinear
 
 _INSTEAD = "put kernel normalization in its place with knport.convert(model), or knport.replace_norm(model, 'group')"
 
@@ -59,14 +60,15 @@ def _keeps_statistics(module: nn.Module) -> bool:
 
 
 def _cannot_be_sampled(module: nn.Module) -> Iterator[tuple[str, str]]:
-    if not isinstance(module, _KNConv):
+    kind = next((kind for kind in (_KNConv, KNLinear) if isinstance(module, kind)), None)
+    if kind is None:
         return
     name = type(module).__name__
     if parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
         yield f"the weight of {name} is computed, not a parameter", "make it permanent or remove the parametrization"
-    elif type(module).forward is not _KNConv.forward or "forward" in vars(module):
+    elif type(module).forward is not kind.forward or "forward" in vars(module):
         yield (
-            f"{name} has a forward of its own, for which the gradients of KNConv may be wrong",
+            f"{name} has a forward of its own, for which the gradients of {kind.__name__.strip('_')} may be wrong",
             "use knport's own layer, or a module that holds one",
         )
 
@@ -74,7 +76,7 @@ def _cannot_be_sampled(module: nn.Module) -> Iterator[tuple[str, str]]:
 def _draws_twice(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Opacus runs a module that it has no rule for a second time, with all that is inside."""
     own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-    if not own or isinstance(module, _KNConv):
+    if not own or isinstance(module, (_KNConv, KNLinear)):
         return
     for path, inner in module.named_modules():
         if isinstance(inner, StatisticsDropout) and inner.dropout:
