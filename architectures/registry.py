@@ -10,15 +10,26 @@ from torch import nn
 
 from knport.errors import KNPortError, UnknownName
 
-_CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {}
+Constructor = Callable[..., nn.Module]
+
+_CONSTRUCTORS: dict[str, Constructor] = {}
+_ORIGINALS: dict[str, str] = {}
 
 
-def register(constructor: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def register(constructor: Constructor | None = None, *, original: str | None = None) -> Callable:
     """Make a constructor available to `create_model`, `list_models` and `timm.create_model` under its own name.
 
     A constructor takes ``num_classes``, ``in_chans`` and ``low_resolution`` by keyword.
+
+    Args:
+        constructor: the function; None for ``@register(original=...)``.
+        original: the network that this one is the kernel normalized form of: a name here, or ``timm/NAME``.
     """
+    if constructor is None:
+        return functools.partial(register, original=original)
     _CONSTRUCTORS[constructor.__name__] = constructor
+    if original:
+        _ORIGINALS[constructor.__name__] = original
 
     @functools.wraps(constructor)
     def for_timm(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
@@ -58,3 +69,10 @@ def create_model(
 def list_models() -> list[str]:
     """The names that `create_model` takes, sorted."""
     return sorted(_CONSTRUCTORS)
+
+
+def original_of(name: str) -> str | None:
+    """The network that `name` is the kernel normalized form of (a name here, or ``timm/NAME``), or None."""
+    if name not in _CONSTRUCTORS:
+        raise UnknownName("architecture", name, _CONSTRUCTORS)
+    return _ORIGINALS.get(name)
