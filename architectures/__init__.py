@@ -5,14 +5,28 @@
 One family per file. The same names work in `timm.create_model` once this package is imported.
 """
 
-from architectures import cifar_densenet, cifar_resnet, convnext, densenet, fcn, knresnet, knresnet_v1, resnet, small
+from architectures import (
+    cifar_densenet,
+    cifar_resnet,
+    convmixer,
+    convnext,
+    convnext_original,
+    densenet,
+    fcn,
+    knresnet,
+    knresnet_v1,
+    resnet,
+    small,
+)
 from architectures.published import load_published
 from architectures.registry import create_model, list_models, original_of
 
 __all__ = [
     "cifar_densenet",
     "cifar_resnet",
+    "convmixer",
     "convnext",
+    "convnext_original",
     "create_model",
     "densenet",
     "fcn",
