@@ -8,7 +8,7 @@ curve on one process and on several.
 from __future__ import annotations
 
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from experiments import checkpoint
+from experiments.budget import Budget
 from experiments.data.images import ImageSet
 from experiments.evaluate import evaluate
 from experiments.feed import Feed
@@ -59,15 +60,53 @@ class Loop:
     ):
         self.run, self.accelerator, self.device = run, accelerator, accelerator.device
         self.folder, self.report, self.stop, self.test = folder, report, stop, test
-        self.feed = Feed(train, run, accelerator.process_index, accelerator.num_processes)
+        self.feed = self._feed(train)
         self.total = run.steps or run.epochs * self.feed.steps_per_epoch
         self.eval_steps = max(1, round(run.eval_every * self.feed.steps_per_epoch))
         layout = torch.channels_last if run.channels_last else torch.preserve_format
-        self.state = State(run, net.to(self.device, memory_format=layout), self.total, accelerator.scaler)
+        net = net.to(self.device, memory_format=layout)
+        self.state = State(run, net, self.total, accelerator.scaler, self._budget())
         self._resume()
-        self.model = accelerator.prepare(torch.compile(net) if run.compile else net)
+        self.last_step = self._last_step()
+        self.model = self._wrap(net)
         self._saved_at = self._logged_at = self.state.step
         self._mark = self._logged_time = self._saved_time = time.perf_counter()
+
+    # What private training does in another way
+
+    def _feed(self, train: ImageSet) -> Feed:
+        return Feed(train, self.run, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def _budget(self) -> Budget | None:
+        return None
+
+    def _last_step(self) -> int:
+        return self.total
+
+    def _wrap(self, net: nn.Module) -> nn.Module:
+        return self.accelerator.prepare(torch.compile(net) if self.run.compile else net)
+
+    def _seed(self, step: int) -> None:
+        seed_device(self.device, fold(self.run.seed, "step", step, self.accelerator.process_index))
+
+    def _update(self, step: int) -> Tensor:
+        """Move the weights by the gradients of a step; returns this process's loss."""
+        loss = self._backward(*self.feed.batch(step))
+        self._apply_gradients()
+        return loss
+
+    def _row_extras(self) -> dict[str, float]:
+        """Further columns of the log."""
+        return {}
+
+    def record(self) -> dict[str, Any]:
+        """Further content of `run.json`."""
+        return {}
+
+    def close(self) -> None:
+        """After the result has been written."""
+
+    # The run
 
     def finish(self) -> None:
         """Train to the last step. Raises `TrainingStopped` after saving, `NonFiniteLoss` without saving."""
@@ -75,9 +114,9 @@ class Loop:
         self.report.start(state.step, self.total)
         state.net.train()
         while True:
-            if state.step > state.evaluated and (state.step % self.eval_steps == 0 or state.step == self.total):
+            if state.step > state.evaluated and (state.step % self.eval_steps == 0 or state.step == self.last_step):
                 self._evaluate()
-            if state.step == self.total:
+            if state.step == self.last_step:
                 break
             self._train_step()
             self._save_or_stop()
@@ -87,11 +126,10 @@ class Loop:
 
     def _train_step(self) -> None:
         state = self.state
-        seed_device(self.device, fold(self.run.seed, "step", state.step, self.accelerator.process_index))
+        self._seed(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = self._learning_rate(state.step)
-        loss = self._backward(*self.feed.batch(state.step))
-        self._apply_gradients()
+        loss = self._update(state.step)
         state.update_average()
         state.step += 1
         if state.meter.add(loss):
@@ -182,6 +220,7 @@ class Loop:
             "images_per_second": (state.step - self._logged_at) * self.run.batch_size / seconds,
             "peak_mib": peak_mib(self.device),
             "seconds": state.seconds,
+            **self._row_extras(),
         }
         state.evaluated = self._logged_at = state.step
         better = measured["top1"] > state.best_top1

@@ -27,6 +27,7 @@ def build(
     in_chans: int = 3,
     image_size: int,
     dropout: float | None = None,
+    activation: str | None = None,
 ) -> nn.Module:
     """A freshly initialized model; seed torch first for given weights.
 
@@ -39,6 +40,7 @@ def build(
             and a ResNet of timm or torchvision gets a 3 x 3 stride-1 first convolution and no max pool, as usual on
             CIFAR.
         dropout: overrides the dropout of every kernel normalization layer (see `set_dropout`).
+        activation: "relu" or "mish" in the place of every ReLU and Mish module; None leaves them.
 
     Raises: `UnknownName` for an unknown model or norm; `KNPortError` from the rewriting.
     """
@@ -46,6 +48,8 @@ def build(
     model = _renorm(model, norm, torch.zeros(2, in_chans, image_size, image_size))
     if dropout is not None:
         set_dropout(model, dropout)
+    if activation is not None:
+        set_activation(model, activation)
     _try(model, name, torch.zeros(2, in_chans, image_size, image_size), num_classes)
     return model
 
@@ -68,6 +72,19 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
             module.dropout = dropout
     if norms:
         norms[-1].dropout = min(5 * dropout, 0.25)
+
+
+def set_activation(model: nn.Module, activation: str) -> None:
+    """Put "relu" or "mish" in the place of every ReLU and Mish; new tensors are made, nothing is edited in place.
+
+    Raises `KNPortError` if there is none, e.g. in a network that calls functions.
+    """
+    kind = {"relu": nn.ReLU, "mish": nn.Mish}[activation]
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.ReLU | nn.Mish)]
+    for path in paths:
+        model.set_submodule(path, kind())
+    if not paths:
+        raise KNPortError(f"{type(model).__name__} has no ReLU or Mish modules; leave --activation out")
 
 
 def _create(name: str, num_classes: int, in_chans: int, image_size: int) -> nn.Module:

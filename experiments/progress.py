@@ -35,10 +35,11 @@ class Report:
             self.console.print(f"{self.name}: {text}", markup=False)
 
     def evaluation(self, row: dict[str, float]) -> None:
+        spent = f", epsilon {row['epsilon']:.4g}" if "epsilon" in row else ""
         self.note(
             f"step {row['step']}, epoch {row['epoch']:.4g}: top-1 {row['top1']:.2f} %,"
             f" test loss {row['test_loss']:.4f}, train loss {row['train_loss']:.4f},"
-            f" {row['images_per_second']:.0f} images/s"
+            f" {row['images_per_second']:.0f} images/s{spent}"
         )
 
     def close(self) -> None:

@@ -9,6 +9,15 @@ import tyro
 
 from experiments import recipes
 
+CHOICES = {
+    "schedule": ("cosine", "cosine-step", "constant", "halve", "decay"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "scaling": ("unit", "standard"),
+    "augment": ("none", "crop", "crop-flip"),
+    "activation": ("relu", "mish", None),
+    "accountant": ("rdp", "prv", "gdp"),
+    "dp_mode": ("hooks", "ghost", "functorch"),
+}
 # Fields that say where, how often and on what to work, not what to compute: a folder may be resumed with others.
 INCIDENTAL = frozenset({"data_dir", "run_dir", "processes", "track", "checkpoint_every"})
 
@@ -21,7 +30,7 @@ class Run:
     """
 
     recipe: tyro.conf.Positional[str] = "digits"
-    """Data set and published settings: digits, cifar10 or cifar100."""
+    """Data set and published settings: digits, cifar10, cifar100, or a private one (see list)."""
     model: str = "cifar_resnet8"
     """A name of `architectures`, timm/NAME or torchvision/NAME."""
     norm: str = "original"
@@ -44,8 +53,9 @@ class Run:
     """Momentum of SGD."""
     weight_decay: float = 5e-4
     """Weight decay of SGD, on all parameters as published."""
-    schedule: Literal["cosine", "cosine-step", "constant"] = "cosine"
-    """cosine to 1 %, constant within an epoch (published); cosine-step follows it step by step."""
+    schedule: Literal["cosine", "cosine-step", "constant", "halve", "decay"] = "cosine"
+    """cosine to 1 %, constant within an epoch (published); cosine-step follows it step by step; of private training:
+    halve is x 0.5 at 70 and 90 % of the run (TMLR), decay is x 0.99 each epoch (v1)."""
     warmup: int = 0
     """Steps of linear warm-up."""
     label_smoothing: float = 0.0
@@ -62,6 +72,29 @@ class Run:
     """Inputs as pixel / 255, or with mean and SD removed."""
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
     """Random crop after zero padding by an eighth of the image (4 pixels of 32), and horizontal flip."""
+    activation: Literal["relu", "mish"] | None = None
+    """Replace the model's ReLUs by this; None: the model's own."""
+    epsilon: float | None = None
+    """Train with differential privacy, spending at most this much in all; the noise follows from it."""
+    delta: float | None = None
+    """Probability that epsilon does not hold. None: the largest power of ten below 1 / training images."""
+    noise_multiplier: float | None = None
+    """Noise of private training as a multiple of clip, in place of the one that meets epsilon. With epsilon the run
+    stops where the next step would overrun it; without, it just says what it has spent."""
+    clip: float = 1.0
+    """Norm that each image's gradient is clipped to in private training."""
+    accountant: Literal["rdp", "prv", "gdp"] = "rdp"
+    """rdp (Renyi), prv (tighter, slower), or gdp (optimistic: not an upper bound; to reproduce older figures)."""
+    physical_batch_size: int | None = None
+    """Images at once, per process, in private training: bounds the memory of their gradients. None: 256."""
+    dp_mode: Literal["hooks", "ghost", "functorch"] = "hooks"
+    """hooks keeps every image's gradient; ghost its norm only and passes backward twice; functorch runs each layer
+    again (dropout 0 only)."""
+    secure_noise: bool = False
+    """Sum four draws per noise value against attacks on floating-point numbers (Opacus' secure mode)."""
+    privacy_seed: int | None = None
+    """For tests: sampling and noise follow from this number, and whoever knows it can remove the noise. None: from a
+    key that the operating system draws, kept in the run folder until the run has finished."""
     classes: int | None = None
     """Use only the first so many classes."""
     train_images: int | None = None
@@ -86,12 +119,25 @@ class Run:
             name = f"{self.model.replace('/', '-')}-{self.norm}-b{self.batch_size}-s{self.seed}"
             object.__setattr__(self, "run_dir", f"runs/{self.recipe}/{name}")
 
+    @property
+    def private(self) -> bool:
+        """Whether gradients are clipped, noised and accounted for."""
+        return self.epsilon is not None or self.noise_multiplier is not None
+
     def validate(self) -> None:
         """Raise `KNPortError` for the first field whose value cannot be trained with."""
         recipes.get(self.recipe)
         for name, low in (("batch_size", 1), ("epochs", 1), ("accumulate", 1), ("warmup", 0), ("seed", 0)):
             _require(getattr(self, name) >= low, name, getattr(self, name), f"at least {low}")
-        for name in ("steps", "classes", "train_images", "test_images", "checkpoint_every", "processes"):
+        for name in (
+            "steps",
+            "classes",
+            "train_images",
+            "test_images",
+            "checkpoint_every",
+            "processes",
+            "physical_batch_size",
+        ):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1, or None")
         for name in ("ema", "label_smoothing", "momentum"):
@@ -99,10 +145,31 @@ class Run:
         _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1), or None")
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(self.eval_every > 0, "eval_every", self.eval_every, "above 0 epochs")
-        choices = {"schedule": ("cosine", "cosine-step", "constant"), "mixed_precision": ("no", "bf16", "fp16")}
-        choices |= {"scaling": ("unit", "standard"), "augment": ("none", "crop", "crop-flip")}
-        for name, known in choices.items():
-            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
+        for name, known in CHOICES.items():
+            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(map(str, known))}")
+        self._validate_privacy()
+
+    def _validate_privacy(self) -> None:
+        finite = float("inf")
+        for name in ("epsilon", "delta", "noise_multiplier"):
+            value = getattr(self, name)
+            low, high = (0, 1 if name == "delta" else finite)
+            fits = value is None or low < value < high or (name == "noise_multiplier" and value == 0)
+            _require(fits, name, value, "in (0, 1), or None" if name == "delta" else "a finite number above 0, or None")
+        _require(0 < self.clip < finite, "clip", self.clip, "a finite number above 0")
+        if not self.private:
+            for name in ("physical_batch_size", "privacy_seed"):
+                _require(getattr(self, name) is None, name, getattr(self, name), "None without --epsilon")
+            _require(not self.secure_noise, "secure_noise", True, "False without --epsilon")
+            return
+        _require(self.accumulate == 1, "accumulate", self.accumulate, "1 with --epsilon (see --physical-batch-size)")
+        _require(
+            self.mixed_precision != "fp16",
+            "mixed_precision",
+            "fp16",
+            "no or bf16 with --epsilon: scaled gradients cannot be clipped",
+        )
+        _require(not self.compile, "compile", True, "False with --epsilon: Opacus' hooks cannot be compiled")
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -139,6 +206,7 @@ def resolve(
 
 def differences(stored: dict[str, Any], run: Run) -> dict[str, tuple[Any, Any]]:
     """Fields that change what is computed and differ: name -> (stored value, value of `run`)."""
-    now = asdict(run)
+    now, defaults = asdict(run), {field.name: field.default for field in fields(Run)}
     names = [name for name in now if name not in INCIDENTAL]
-    return {name: (stored.get(name), now[name]) for name in names if stored.get(name) != now[name]}
+    then = {name: stored.get(name, defaults[name]) for name in names}  # a field may be newer than the folder
+    return {name: (then[name], now[name]) for name in names if then[name] != now[name]}

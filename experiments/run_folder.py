@@ -41,6 +41,8 @@ class RunFolder:
         self.run, self.path = run, Path(run.run_dir)
         self.last, self.previous, self.best = (self.path / name for name in ("last", "previous", "best"))
         self.log, self.losses = self.path / "log.csv", self.path / "losses.csv"
+        self.key = self.path / "privacy.key"
+        self.columns = (*LOG_COLUMNS, "epsilon") if run.private else LOG_COLUMNS
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -86,14 +88,14 @@ class RunFolder:
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop the rows of `log.csv` and `losses.csv` that are later than the checkpoint resumed from."""
-        for path, columns, until in ((self.log, LOG_COLUMNS, evaluated), (self.losses, ("step", "loss"), step)):
+        for path, columns, until in ((self.log, self.columns, evaluated), (self.losses, ("step", "loss"), step)):
             rows = [row for row in read_rows(path) if int(row["step"]) <= until]
             lines = [columns, *([row[name] for name in columns] for row in rows)]
             write_text(path, "".join(",".join(line) + "\n" for line in lines))
 
     def append_log(self, row: dict[str, Any]) -> None:
         with self.log.open("a", newline="") as file:
-            csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow(row)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def append_losses(self, rows: list[tuple[int, float]]) -> None:
         if rows:
@@ -123,7 +125,9 @@ def write_text(path: Path, text: str) -> None:
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    packages = {package: _version(package) for package in ("torch", "timm", "torchvision", "accelerate", "knport")}
+    packages = {
+        package: _version(package) for package in ("torch", "timm", "torchvision", "accelerate", "opacus", "knport")
+    }
     return {
         "python": platform.python_version(),
         **packages,

@@ -14,11 +14,16 @@ def learning_rate(run: Run, step: int, steps_per_epoch: int, total_steps: int) -
 
     ``cosine`` is constant within an epoch, as `CosineAnnealingLR` stepped once per epoch makes it (the papers);
     ``cosine-step`` is the same curve followed step by step, for runs of a few epochs. `run.warmup` steps of linear
-    warm-up multiply either.
+    warm-up multiply any. ``halve`` and ``decay`` are those of the papers' private training: x 0.5 at 70 and 90 % of the
+    steps (epochs 70 and 90 of 100), and x 0.99 per epoch.
     """
     warmup = min(1.0, (step + 1) / (run.warmup + 1))
     if run.schedule == "constant":
         return run.lr * warmup
+    if run.schedule == "halve":
+        return run.lr * warmup * 0.5 ** sum(step >= share * total_steps for share in (0.7, 0.9))
+    if run.schedule == "decay":
+        return run.lr * warmup * 0.99 ** (step // steps_per_epoch)
     if run.schedule == "cosine":
         step = step // steps_per_epoch * steps_per_epoch
     half_turn = math.pi * min(1.0, step / total_steps)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from experiments import checkpoint
+from experiments.budget import Budget
 from experiments.meter import LossMeter
 from experiments.run import Run
 
@@ -24,6 +25,7 @@ class State:
         net: the model on its device; trained in place.
         total_steps: of the run.
         scaler: of fp16's gradients, or None.
+        budget: of a private run, or None.
     """
 
     step = 0
@@ -37,8 +39,15 @@ class State:
     seconds = 0.0
     """Time spent training, over all starts, without evaluation and checkpoints."""
 
-    def __init__(self, run: Run, net: nn.Module, total_steps: int, scaler: torch.amp.GradScaler | None):
-        self.run, self.net, self.scaler = run, net, scaler
+    def __init__(
+        self,
+        run: Run,
+        net: nn.Module,
+        total_steps: int,
+        scaler: torch.amp.GradScaler | None,
+        budget: Budget | None = None,
+    ):
+        self.run, self.net, self.scaler, self.budget = run, net, scaler, budget
         self.parameters = list(net.parameters())
         device = self.parameters[0].device
         self.meter = LossMeter(device, total_steps)
@@ -49,7 +58,8 @@ class State:
             lr=run.lr,
             momentum=run.momentum,
             weight_decay=run.weight_decay,
-            fused=device.type in ("cpu", "cuda") or None,
+            # fused reads memory as it lies, and Opacus' gradients are not laid out as channels-last weights are
+            fused=(device.type in ("cpu", "cuda") or None) if budget is None else False,
         )
 
     @property
@@ -88,7 +98,8 @@ class State:
     def values(self) -> dict[str, Any]:
         """The rest, as JSON."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return {name: getattr(self, name) for name in VALUES} | {"losses": self.meter.state(), "scaler": scaler}
+        values = {name: getattr(self, name) for name in VALUES} | {"losses": self.meter.state(), "scaler": scaler}
+        return values if self.budget is None else values | {"privacy": self.budget.state()}
 
     def load(self, tensors: checkpoint.Tensors, values: dict[str, Any]) -> None:
         """Become what `tensors` and `values` were taken from."""
@@ -102,5 +113,7 @@ class State:
         for name in VALUES:
             setattr(self, name, values[name])
         self.meter.load(values["losses"])
+        if self.budget is not None:
+            self.budget.load(values["privacy"], self.step)
         if self.scaler is not None:
             self.scaler.load_state_dict(values["scaler"])

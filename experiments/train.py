@@ -18,6 +18,7 @@ from experiments import data
 from experiments.loop import Loop
 from experiments.meter import NonFiniteLoss, reset_peak_memory
 from experiments.models import build
+from experiments.private_loop import PrivateLoop, check_model
 from experiments.progress import Report
 from experiments.randomness import fold
 from experiments.run import Run
@@ -51,7 +52,7 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     lock = folder.lock() if accelerator.is_main_process else nullcontext()
     with lock, StopRequest() as stop, _deterministic(), _trackers(accelerator, run):
         here = environment(accelerator.device, accelerator.num_processes)
-        _note_changes((stored or {}).get("environment", {}), here, report)
+        _note_changes(run, (stored or {}).get("environment", {}), here, report)
         return _train(run, accelerator, folder, here, report, stop)
 
 
@@ -76,7 +77,10 @@ def _train(
         in_chans=channels,
         image_size=height,
         dropout=run.dropout,
+        activation=run.activation,
     )
+    if run.private:
+        check_model(net, f"{run.model} with --norm {run.norm}")
     content = {
         "environment": here,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
@@ -90,7 +94,10 @@ def _train(
     write = folder.write_run if accelerator.is_main_process else lambda content: None
     write(content)
     device = accelerator.device
-    loop = Loop(run, accelerator, net, train_set.to(device), test_set.to(device), folder, report, stop)
+    kind = PrivateLoop if run.private else Loop
+    loop = kind(run, accelerator, net, train_set.to(device), test_set.to(device), folder, report, stop)
+    content |= loop.record()
+    write(content)
     try:
         loop.finish()
     except NonFiniteLoss as error:
@@ -99,17 +106,26 @@ def _train(
     finally:
         report.close()
     result = _result(folder, loop)
-    write(content | {"status": "finished", "result": result})
+    write(content | loop.record() | {"status": "finished", "result": result})
+    loop.close()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result
 
 
-def _note_changes(before: dict[str, Any], here: dict[str, Any], report: Report) -> None:
-    """An interrupted run may go on elsewhere, but the bits then depend on the interruption: say so."""
+def _note_changes(run: Run, before: dict[str, Any], here: dict[str, Any], report: Report) -> None:
+    """An interrupted run may go on elsewhere, but the bits then depend on the interruption: say so.
+
+    Raises `KNPortError` for a private run: the steps since the checkpoint would get other draws, and be spent twice.
+    """
     changed = [name for name in before if name != "commit" and before[name] != here.get(name)]
     if changed:
         listed = ", ".join(f"{name} was {before[name]} and is {here.get(name)}" for name in changed)
+        if run.private and {"device", "processes", "torch"} & set(changed):
+            raise KNPortError(
+                f"{run.run_dir} began elsewhere ({listed}): there, the steps since the last checkpoint had other noise"
+                " and dropout, so that their privacy would be spent twice; go on there, or give another --run-dir"
+            )
         report.note(f"began elsewhere ({listed}): the result is as good, but not the same bits as without interruption")
 
 
@@ -122,6 +138,7 @@ def _result(folder: RunFolder, loop: Loop) -> dict[str, Any]:
         "steps": loop.state.step,
         "epochs": row["epoch"],
         "seconds": loop.state.seconds,
+        **{name: row[name] for name in ("epsilon",) if name in row},
     }
 
 

@@ -1,0 +1,187 @@
+"""How much privacy a run may spend, how much noise that takes, and what it has spent.
+
+(epsilon, delta) of the Poisson-subsampled Gaussian mechanism, neighbours that differ by one image added or removed
+(Abadi et al., 2016), by an accountant of Opacus: ``rdp`` (Renyi; an upper bound), ``prv`` (Gopi et al., 2021; tighter)
+or ``gdp`` (Dong et al., 2019; a limit for many steps that lies below the truth: optimistic).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from experiments.run import Run
+from knport.errors import KNPortError
+
+# Opacus' own Renyi orders, and larger ones: the best order of a few noisy steps is beyond its 63
+ORDERS = [1 + x / 10 for x in range(1, 100)] + [*range(12, 64), 72, 80, 96, 128, 192, 256, 512, 1024]
+OPTIMISTIC = "gdp is optimistic: a limit for many steps, below the epsilon that holds; use rdp or prv for a guarantee"
+
+
+class Budget:
+    """The account of one run.
+
+    Args:
+        run: with `epsilon`, `noise_multiplier` or both.
+        images: training images, N.
+        steps: planned; noise is chosen so that exactly these stay within `run.epsilon`.
+
+    Raises:
+        KNPortError: the target does not allow a single step, or Opacus is not installed.
+    """
+
+    def __init__(self, run: Run, images: int, steps: int):
+        self.run, self.images, self.planned = run, images, steps
+        self.sample_rate = run.batch_size / images
+        self.delta = default_delta(images) if run.delta is None else run.delta
+        self.accountant = self._accountant()
+        if run.noise_multiplier is not None:
+            self.noise_multiplier = run.noise_multiplier
+        else:
+            self.noise_multiplier = self._solve()
+
+    @property
+    def spent_steps(self) -> int:
+        """Steps on the account."""
+        return sum(steps for _, _, steps in self.accountant.history)
+
+    def epsilon(self, steps: int | None = None) -> float:
+        """Spent so far, or after `steps` steps in all."""
+        steps = self.spent_steps if steps is None else steps
+        if not steps:
+            return 0.0
+        if not self.noise_multiplier:
+            return math.inf
+        account = self._accountant()
+        account.history = [(self.noise_multiplier, self.sample_rate, steps)]
+        with _quiet():
+            return float(account.get_epsilon(delta=self.delta, **self._options))
+
+    def affordable(self) -> int:
+        """The most steps, up to the planned ones, that do not overrun the target.
+
+        Raises:
+            KNPortError: not even one.
+        """
+        if self.run.epsilon is None or self.epsilon(self.planned) <= self.run.epsilon:
+            return self.planned
+        low, high = 0, self.planned  # low is affordable, high is not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.epsilon(middle) <= self.run.epsilon else (low, middle)
+        if not low:
+            raise KNPortError(
+                f"noise multiplier {self.noise_multiplier:g} does not allow one step within epsilon"
+                f" {self.run.epsilon:g} at delta {self.delta:g}: one step spends {self.epsilon(1):.3g}; give more"
+                " --noise-multiplier, or leave it out to have it chosen"
+            )
+        return low
+
+    def spend(self, optimizer: Any) -> None:
+        """Enter one step: the `step_hook` of Opacus' optimizers, called before the weights change."""
+        if self.spent_steps >= self.planned:
+            raise KNPortError(f"the privacy budget of {self.planned} steps is spent")
+        self.accountant.step(noise_multiplier=optimizer.noise_multiplier, sample_rate=self.sample_rate)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        return dict(self.accountant.state_dict())
+
+    def load(self, state: dict[str, Any], step: int) -> None:
+        """Go on with the account of a checkpoint at step `step`.
+
+        Raises:
+            KNPortError: the account is not that of these steps.
+        """
+        history = [tuple(entry) for entry in state["history"]]
+        self.accountant.load_state_dict({**state, "history": history})
+        entries = {(noise, rate) for noise, rate, _ in history}
+        if self.spent_steps != step or len(entries) > 1 or any(rate != self.sample_rate for _, rate in entries):
+            raise KNPortError(
+                f"the checkpoint is of step {step} at sample rate {self.sample_rate:g}, and its account has {history}:"
+                " it is damaged; start again in another --run-dir"
+            )
+        for noise, _ in entries:
+            self.noise_multiplier = noise  # not solved again: another version of Opacus may round it otherwise
+
+    def record(self) -> dict[str, Any]:
+        """All that it takes to compute epsilon again, for `run.json`."""
+        from opacus import __version__
+
+        return {
+            "target_epsilon": self.run.epsilon,
+            "epsilon": self.epsilon(),
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "clip": self.run.clip,
+            "sample_rate": self.sample_rate,
+            "images": self.images,
+            "steps": self.spent_steps,
+            "planned_steps": self.planned,
+            **self._options,
+            "accountant": self.run.accountant + (" (optimistic)" if self.run.accountant == "gdp" else ""),
+            "opacus": __version__,
+            "mechanism": "Poisson-subsampled Gaussian; neighbours differ by one image added or removed",
+        }
+
+    def notes(self) -> Sequence[str]:
+        """What a user should hear before the training."""
+        target = "no target" if self.run.epsilon is None else f"target epsilon {self.run.epsilon:g}"
+        notes = [
+            f"private: {target} at delta {self.delta:g}, noise multiplier {self.noise_multiplier:.4g}, clip"
+            f" {self.run.clip:g}, {self.planned} steps that draw each image with probability {self.sample_rate:.4g}"
+        ]
+        if self.run.accountant == "gdp":
+            notes.append(OPTIMISTIC)
+        if self.delta * self.images > 1:
+            notes.append(
+                f"delta {self.delta:g} is above 1 / {self.images:,} images: publishing an image at random would meet it"
+            )
+        return notes
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"alphas": ORDERS} if self.run.accountant == "rdp" else {}
+
+    def _accountant(self):
+        try:
+            from opacus.accountants import create_accountant
+        except ModuleNotFoundError as error:
+            raise KNPortError("--epsilon needs Opacus: pip install 'knport[privacy]'") from error
+        return create_accountant(self.run.accountant)
+
+    def _solve(self) -> float:
+        from opacus.accountants.utils import get_noise_multiplier
+
+        try:
+            with _quiet():
+                return get_noise_multiplier(
+                    target_epsilon=self.run.epsilon,
+                    target_delta=self.delta,
+                    sample_rate=self.sample_rate,
+                    steps=self.planned,
+                    accountant=self.run.accountant,
+                    epsilon_tolerance=min(0.01, self.run.epsilon / 200),
+                    **self._options,
+                )
+        except ValueError as error:
+            raise KNPortError(
+                f"no noise keeps {self.planned} steps within epsilon {self.run.epsilon:g} at delta {self.delta:g}:"
+                f" {error}; give a larger --epsilon, fewer --epochs or a smaller --batch-size"
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Opacus' advice to try larger orders, which it gives on the way to a noise that does not need them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Optimal order is the largest alpha", UserWarning)
+        yield
+
+
+def default_delta(images: int) -> float:
+    """The largest power of ten below 1 / N: 1e-5 for 50,000 images."""
+    return 10.0 ** -(math.floor(math.log10(images)) + 1)
