@@ -17,6 +17,7 @@ from architectures import (
     knresnet_v1,
     resnet,
     small,
+    vit,
 )
 from architectures.published import load_published
 from architectures.registry import create_model, list_models, original_of
@@ -37,4 +38,5 @@ __all__ = [
     "original_of",
     "resnet",
     "small",
+    "vit",
 ]
