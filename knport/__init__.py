@@ -29,17 +29,21 @@ if TYPE_CHECKING:
         KNConv2d,
         KNConv3d,
         KNLinear,
+        LocalContextNorm,
+        NormalizedConv2d,
+        PositionalNorm,
     )
     from knport.surgery import KNConfig, convert, plan
-    from knport.surgery.replace import replace_norm
+    from knport.surgery.replace import plan_norm, replace_norm
 
 # Every public name by the module it comes from; the imports above say the same to editors and type checkers.
 _NAMES = {
     "knport": "errors functional kernels layers privacy surgery",
     "knport.errors": "AlreadyWrapped KNPortError NothingToConvert UnknownName UnmatchedPattern UnsupportedModule",
-    "knport.layers": "KNConv1d KNConv2d KNConv3d KNLinear KernelNorm1d KernelNorm2d KernelNorm3d",
+    "knport.layers": "KNConv1d KNConv2d KNConv3d KNLinear KernelNorm1d KernelNorm2d KernelNorm3d "
+    "LocalContextNorm NormalizedConv2d PositionalNorm",
     "knport.surgery": "KNConfig convert plan",
-    "knport.surgery.replace": "replace_norm",
+    "knport.surgery.replace": "plan_norm replace_norm",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
@@ -54,7 +58,10 @@ __all__ = [
     "KernelNorm1d",
     "KernelNorm2d",
     "KernelNorm3d",
+    "LocalContextNorm",
+    "NormalizedConv2d",
     "NothingToConvert",
+    "PositionalNorm",
     "UnknownName",
     "UnmatchedPattern",
     "UnsupportedModule",
@@ -63,6 +70,7 @@ __all__ = [
     "functional",
     "layers",
     "plan",
+    "plan_norm",
     "privacy",
     "replace_norm",
     "surgery",

@@ -77,9 +77,13 @@ class _KNConv(StatisticsDropout):
             statistics = functional.kn_conv_statistics(x, self.kernel_size, *where, **how)
             self.statistics_hook(self, statistics)
         y = functional.kn_conv(
-            x, self.weight, self.bias, *where, self.groups, eps=self.eps, statistics=statistics, **how
+            x, self.filters(), self.bias, *where, self.groups, eps=self.eps, statistics=statistics, **how
         )
         return y.squeeze(0) if unbatched else y
+
+    def filters(self) -> Tensor:
+        """What is convolved: the weight, or what a sub-class makes of it."""
+        return self.weight
 
     def __call__(self, *args, **kwargs) -> Tensor:
         y = super().__call__(*args, **kwargs)

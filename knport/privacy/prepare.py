@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from knport.errors import AlreadyWrapped, KNPortError
 from knport.layers.kn_conv import KNConv1d, KNConv2d, KNConv3d, _KNConv
 from knport.layers.kn_linear import KNLinear
+from knport.layers.normalized_conv import NormalizedConv2d
+from knport.privacy.normalized import normalized_grad_samples, normalized_norm_samples
 from knport.privacy.record import record
 from knport.privacy.samplers import grad_samples, linear_grad_samples, linear_norm_samples, norm_samples
 from knport.privacy.validate import validate
@@ -56,20 +59,28 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def register(*classes: type[nn.Module]) -> None:
-    """Tell Opacus of KNConv1d, 2d, 3d, KNLinear and the given sub-classes, and its validator of all kin of BatchNorm.
+    """Tell Opacus of the layers of knport and the given sub-classes of them, and its validator of all kin of BatchNorm.
 
     Opacus looks up layers by their exact class. `prepare` calls this; what Opacus knows already stays.
     """
     grad_sample, validators = _opacus("grad_sample"), _opacus("validators")
     samplers, known = grad_sample.GradSampleModule.GRAD_SAMPLERS, validators.ModuleValidator.VALIDATORS
-    for kind in (KNConv1d, KNConv2d, KNConv3d, KNLinear, *classes):
+    for kind in (KNConv1d, KNConv2d, KNConv3d, KNLinear, NormalizedConv2d, *classes):
         if kind not in samplers:
-            linear = issubclass(kind, KNLinear)
-            grad_sample.register_grad_sampler(kind)(linear_grad_samples if linear else grad_samples)
-            grad_sample.register_norm_sampler(kind)(linear_norm_samples if linear else norm_samples)
+            gradients, norms = _rules(kind)
+            grad_sample.register_grad_sampler(kind)(gradients)
+            grad_sample.register_norm_sampler(kind)(norms)
         known.setdefault(kind, _prepared)
     for kind in _subclasses(_BatchNorm):
         known.setdefault(kind, _never)
+
+
+def _rules(kind: type[nn.Module]) -> tuple[Callable, Callable]:
+    if issubclass(kind, KNLinear):
+        return linear_grad_samples, linear_norm_samples
+    if issubclass(kind, NormalizedConv2d):
+        return normalized_grad_samples, normalized_norm_samples
+    return grad_samples, norm_samples
 
 
 def _opacus(module: str):
