@@ -30,6 +30,13 @@ def verdict(model: nn.Module, path: str, **options):
     return next(v for v in plan(model, **options).verdicts if v.path == path)
 
 
+class Double(nn.Module):
+    """A step that no norm's work can be moved through."""
+
+    def forward(self, x):
+        return 2 * x
+
+
 class Skip(nn.Module):
     """x + conv(act(norm(x))): a pre-activation block."""
 
@@ -110,7 +117,7 @@ def test_a_norm_that_an_addition_reads_too_stays_a_norm():
     ],
 )
 def test_every_dimension_and_kin(norm, conv, kernel_norm, kn_conv, shape):
-    model = nn.Sequential(norm(3), nn.Sigmoid(), nn.Softmax(1), conv(3, 4, 1), nn.ReLU(), norm(4)).eval()
+    model = nn.Sequential(norm(3), nn.Sigmoid(), nn.Softmax(1), conv(3, 4, 1), Double(), norm(4)).eval()
     new = convert(model, example_inputs=torch.zeros(shape))
     assert (
         isinstance(new[3], kn_conv)
@@ -120,10 +127,11 @@ def test_every_dimension_and_kin(norm, conv, kernel_norm, kn_conv, shape):
     assert new(torch.randn(shape)).shape == model(torch.randn(shape)).shape
 
 
-def test_a_norm_of_flat_features_is_kept_and_said():
+def test_a_norm_of_flat_features_becomes_one_of_each_vector():
     model = post(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8))
-    made = verdict(model, "5")
-    assert made.verdict == "kept" and "no (N, channels, ...) map" in made.reason
+    new, x = convert(model, example_inputs=X), torch.randn(2, 3, 16, 16)
+    assert type(new[5]) is nn.LayerNorm and new[5].weight is None
+    torch.testing.assert_close(new[5:](new[:5](x)).mean(1), torch.zeros(2), atol=1e-5, rtol=0)
 
 
 # --- the norm before the head
@@ -267,10 +275,10 @@ def test_functions_and_modules_that_are_never_called_are_rows_too():
     assert "never called" in rows["spare"].reason and "function" in rows["instance_norm()"].reason
 
 
-def test_layernorm_of_tokens_is_kept_and_nothing_to_convert_says_what_was_seen():
-    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 4))
+def test_nothing_to_convert_says_what_was_seen():
+    model = nn.Sequential(nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4))
     assert not plan(model, example_inputs=X).changes
-    with pytest.raises(NothingToConvert, match="LayerNorm normalizes the last dimension"):
+    with pytest.raises(NothingToConvert, match=r"LayerNorm: it is read by 1 \(act\)"):
         convert(model, example_inputs=X)
     with pytest.raises(NothingToConvert, match="no normalization"):
         convert(nn.Sequential(nn.Conv2d(3, 4, 3)), example_inputs=X)

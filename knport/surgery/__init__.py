@@ -15,10 +15,11 @@ from knport.surgery.filters import select
 from knport.surgery.guard import refuse_wrapped
 from knport.surgery.head import missing_norms
 from knport.surgery.inplace import switch_off
-from knport.surgery.match import match, verdicts
+from knport.surgery.match import match
 from knport.surgery.plan import ALREADY, KEPT, FinalNorm, Plan, Verdict, structure_of
 from knport.surgery.read import read_all
 from knport.surgery.sites import blocked_sites, find_sites
+from knport.surgery.verdicts import verdicts
 
 __all__ = ["KNConfig", "Plan", "Verdict", "convert", "plan"]
 

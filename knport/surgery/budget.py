@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from knport.surgery.plan import ABSORBED, KERNEL_NORM, KN_CONV, Verdict
+from knport.surgery.plan import ABSORBED, KERNEL_NORM, KN_CONV, KN_LINEAR, Verdict
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -21,6 +21,8 @@ def parameters_after(model: nn.Module, verdicts: Iterable[Verdict]) -> int:
         module = modules.get(verdict.path)
         if verdict.verdict in (ABSORBED, KERNEL_NORM):
             total -= sum(p.numel() for p in module.parameters(recurse=False))
+        elif verdict.verdict == KN_LINEAR:
+            total += 0 if module.bias is not None else module.out_features
         elif verdict.verdict == KN_CONV:
             total += 0 if module.bias is not None else module.out_channels
             total += module.weight.numel() * ((verdict.enlarge or 1) ** verdict.ndim - 1)

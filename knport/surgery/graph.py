@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from knport.surgery.follow import Tokens
+
 Shape = tuple[int, ...]
 
 
@@ -21,6 +23,7 @@ class Node:
         shape: of its (first) output tensor; None when it has none.
         inplace: whether it writes into its input.
         owner: path of the innermost module whose forward takes the step.
+        tokens: of a linear layer, how its input is laid out.
     """
 
     index: int
@@ -31,6 +34,7 @@ class Node:
     shape: Shape | None
     inplace: bool = False
     owner: str = ""
+    tokens: Tokens | None = None
 
 
 def is_map(shape: Shape | None) -> bool:
@@ -48,10 +52,10 @@ class Graph:
     readers: list[list[int]] = field(default_factory=list)
     calls: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, op: str, name: str, role: str, inputs, shape, inplace: bool = False, owner: str = "") -> int:
+    def add(self, op: str, name: str, role: str, inputs, shape, inplace: bool = False, owner: str = "", tokens=None):
         """Append a node and return its index."""
         index, inputs = len(self.nodes), tuple(dict.fromkeys(inputs))
-        self.nodes.append(Node(index, op, name, role, inputs, shape, inplace, owner))
+        self.nodes.append(Node(index, op, name, role, inputs, shape, inplace, owner, tokens))
         self.readers.append([])
         for i in inputs:
             self.readers[i].append(index)

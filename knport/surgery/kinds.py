@@ -10,17 +10,20 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from knport.layers import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d
+from knport.layers import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d, KNLinear
 
 KN_CONVS = {1: KNConv1d, 2: KNConv2d, 3: KNConv3d}
 KN_NORMS = {1: KernelNorm1d, 2: KernelNorm2d, 3: KernelNorm3d}
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM_NAME = re.compile(r"(Norm|Abn)(?![a-z])")  # LayerNorm2d, EvoNorm2dS0, InplaceAbn; not Normalize
+_OF_ONE_POSITION = re.compile(r"^(Layer|RMS|Rms|Simple)Norm")
 _KNOWN_LIBRARIES = ("torch.", "timm.", "torchvision.")
 
 
 def kind(module: nn.Module) -> str:
-    """One of "kn_conv", "kn_norm", "conv", "norm", "linear", "other"."""
+    """One of "kn_conv", "kn_norm", "kn_linear", "conv", "norm", "linear", "other"."""
+    if isinstance(module, KNLinear):
+        return "kn_linear"
     if isinstance(module, tuple(KN_CONVS.values())):
         return "kn_conv"
     if isinstance(module, tuple(KN_NORMS.values())):
@@ -58,18 +61,42 @@ def is_leaf(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn") and not hides_sites
 
 
+def is_pixel_norm(norm: nn.Module) -> bool:
+    """Whether it normalizes every position by itself over the channels, as LayerNorm of tokens does (RMSNorm too)."""
+    named = isinstance(norm, nn.LayerNorm | nn.RMSNorm) or bool(_OF_ONE_POSITION.match(type(norm).__name__))
+    return named and len(getattr(norm, "normalized_shape", (1,))) == 1
+
+
+def channels_last(module: nn.Module) -> bool:
+    """Whether a norm takes the last dimension for the channels."""
+    return is_pixel_norm(module) and "2d" not in type(module).__name__
+
+
 def norm_problem(module: nn.Module) -> str | None:
     """Why this norm cannot give way to kernel normalization, or None."""
     name = type(module).__name__
     if "forward" in vars(module):
         return "its forward is patched on the instance"
-    if isinstance(module, nn.LayerNorm) and "2d" not in name:
-        return f"{name} normalizes the last dimension (tokens or channels-last maps); not offered yet"
-    known = isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm)
+    if name.startswith(("EvoNorm", "FilterResponseNorm")):
+        return f"{name} is normalization and activation in one; only both could go"
+    if isinstance(module, nn.LayerNorm) and not is_pixel_norm(module):
+        return f"{name} normalizes maps of the fixed size {tuple(module.normalized_shape)} as a whole"
+    known = isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm) or is_pixel_norm(module)
     if not known and not name.startswith("FrozenBatchNorm"):
-        return f"{name} is no kin of BatchNorm, GroupNorm or InstanceNorm; not offered yet"
+        return f"{name} is no kin of BatchNorm, GroupNorm, InstanceNorm, LayerNorm or RMSNorm"
     if not type(module).forward.__module__.startswith(_KNOWN_LIBRARIES):
         return f"{name} has its own forward, which kernel normalization would drop"
+    return None
+
+
+def linear_problem(module: nn.Linear) -> str | None:
+    """Why this linear layer cannot become a KNLinear, or None."""
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first to convert it"
+    if module._parameters.get("weight") is None:
+        return "its weight is computed (weight_norm, spectral_norm or pruning); make it permanent first to convert it"
+    if "forward" in vars(module) or type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has its own forward, which KNLinear would drop"
     return None
 
 
@@ -106,6 +133,10 @@ def describe(module: nn.Module) -> str:
         stride = "" if set(module.stride) == {1} else " s" + "x".join(map(str, dict.fromkeys(module.stride)))
         groups = "" if module.groups == 1 else f" groups {module.groups}"
         return f"{name} {module.in_channels}->{module.out_channels} {size}{stride}{groups}"
+    if isinstance(module, nn.Linear):
+        return f"{name} {module.in_features}->{module.out_features}"
     width = next((getattr(module, a) for a in ("num_features", "num_channels") if hasattr(module, a)), "")
+    if not width and hasattr(module, "normalized_shape"):
+        width = "x".join(map(str, module.normalized_shape))
     parts = "".join(f" + {type(part).__name__}" for part in fused_parts(module))
     return f"{name} {width}".rstrip() + parts

@@ -15,26 +15,31 @@ from knport.surgery.config import KNConfig
 from knport.surgery.guard import refuse_wrapped
 from knport.surgery.swap import swap
 
-ABSORBED, KERNEL_NORM, KN_CONV, KEPT, ALREADY = "absorbed", "KernelNorm", "KNConv", "kept", "already"
+ABSORBED, KERNEL_NORM, KN_CONV, KN_LINEAR = "absorbed", "KernelNorm", "KNConv", "KNLinear"
+KEPT, ALREADY = "kept", "already"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What happens to one norm or convolution, and why.
+    """What happens to one norm, convolution or linear layer, and why.
 
     Args:
         path: its (first) dotted name.
-        kind: "norm" or "conv".
+        kind: "norm", "conv" or "linear".
         layer: a short description, e.g. ``Conv2d 64->64 1x1``.
         verdict: "absorbed" (a norm whose work neighbouring convolutions take over), "KernelNorm" (a norm that becomes
-            one), "KNConv", "kept", or "already" (a layer of knport).
+            one), "KNConv", "KNLinear", "kept", or "already" (a layer of knport).
         reason: in plain words.
         aliases: other names of the same module.
         dropout: of the new layer; None when there is none.
-        ndim: spatial dimensions of the new layer.
+        ndim: spatial dimensions of the new layer; 0 for features (N, C).
         enlarge: kernel size per side that a 1x1 convolution gets; None when it keeps its own.
         side: on which side an even enlarged kernel pads, 0 (top, left) or 1 (bottom, right).
-        norm_window: of the KNConv.
+        norm_window: of the KNConv or KNLinear.
+        prefix_tokens: of the KNLinear.
+        grid_size: of the KNLinear.
+        fold: path of the norm whose gain and bias go into the weights.
+        eps: of the new layer, where that is the norm's own; None for the configuration's.
     """
 
     path: str
@@ -48,6 +53,10 @@ class Verdict:
     enlarge: int | None = None
     side: int = 0
     norm_window: int | tuple[int, ...] | None = None
+    prefix_tokens: int = 0
+    grid_size: tuple[int, int] | None = None
+    fold: str | None = None
+    eps: float | None = None
 
     @property
     def changes(self) -> bool:
@@ -72,7 +81,8 @@ class Plan:
     Args:
         model: class name of the model.
         config: the `KNConfig` of the new layers.
-        verdicts: one per norm and convolution, in the order of the model's modules.
+        verdicts: one per norm and convolution, and per linear layer that changes or is never called, in the order of
+            the model's modules.
         final_norms: the KernelNorms that are added before the head.
         inplace_off: activations that may no longer work in place, since the norm that made their input is gone.
         notes: what else a reader should know.
@@ -99,7 +109,7 @@ class Plan:
         return any(verdict.changes for verdict in self.verdicts)
 
     def count(self, kind: str) -> Counter[str]:
-        """How many norms ("norm") or convolutions ("conv") have which verdict."""
+        """How many norms ("norm"), convolutions ("conv") or linear layers ("linear") have which verdict."""
         return Counter(verdict.verdict for verdict in self.verdicts if verdict.kind == kind)
 
     def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -107,8 +107,21 @@ def _default_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         yield tuple(size)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
     ndim, channels = (2, 3) if first is None else (first.weight.dim() - 2, first.in_channels)
+    if (own := _own_size(model, ndim)) is not None:
+        yield (channels, *own)
     for side in _FALLBACK_SIZES[ndim]:
         yield (channels, *(side,) * ndim)
+
+
+def _own_size(model: nn.Module, ndim: int) -> tuple[int, ...] | None:
+    """The image size that a vision transformer, or its patch embedding, was built for."""
+    for module in model.modules():
+        size = getattr(module, "img_size", None) or getattr(module, "image_size", None)
+        if isinstance(size, int):
+            return (size,) * ndim
+        if isinstance(size, tuple | list) and len(size) == ndim and all(isinstance(s, int) for s in size):
+            return tuple(size)
+    return None
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

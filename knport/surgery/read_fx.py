@@ -9,8 +9,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from knport.errors import KNPortError
+from knport.surgery.follow import follow_function, follow_module, tokens_of
 from knport.surgery.graph import Graph, Shape
-from knport.surgery.roles import function_role, module_role
+from knport.surgery.kinds import channels_last
+from knport.surgery.roles import function_role, module_role, reads_first_only
 
 
 def read_fx(model: nn.Module, args: tuple, kwargs: dict, leaves: dict[int, str]) -> Graph:
@@ -56,18 +58,28 @@ class _Interpreter(fx.Interpreter):
         elif n.op == "output":
             self._add(n, "output", "output", "output", shape)
         elif n.op == "call_module":
-            module = self.fetch_attr(n.target)
-            inplace = getattr(module, "inplace", False) is True
-            self._add(n, "module", self.leaves[id(module)], module_role(module), shape, inplace)
+            self._module(n, self.fetch_attr(n.target), result)
         elif n.op in ("call_function", "call_method") and shape is not None:
             name = n.target if isinstance(n.target, str) else n.target.__name__
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            follow_function(n.target, function_role(name), args, kwargs, result)
             self._add(n, "function", name, function_role(name), shape, writes_in_place(n.target, n.args, n.kwargs))
         return result
 
-    def _add(self, n: fx.Node, op: str, name: str, role: str, shape: Shape | None, inplace: bool = False) -> None:
+    def _module(self, n: fx.Node, module: nn.Module, result: Any) -> None:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        x = next(iter((*args, *kwargs.values())), None)
+        role, inplace = module_role(module), getattr(module, "inplace", False) is True
+        tokens = tokens_of(x) if role == "linear" else None
+        self._add(n, "module", self.leaves[id(module)], role, first_shape(result), inplace, tokens)
+        follow_module(role, self.index_of[n], x, result, channels_last(module))
+
+    def _add(self, n: fx.Node, op: str, name: str, role: str, shape: Shape | None, inplace=False, tokens=None) -> None:
         inputs = [self.index_of[i] for i in n.all_input_nodes if i in self.index_of]
+        if op == "function" and reads_first_only(name):
+            inputs = inputs[:1]
         owner = next(reversed(n.meta.get("nn_module_stack") or {"": None}))
-        self.index_of[n] = self.read.add(op, name, role, inputs, shape, inplace, owner)
+        self.index_of[n] = self.read.add(op, name, role, inputs, shape, inplace, owner, tokens)
 
 
 def first_shape(value: Any) -> Shape | None:

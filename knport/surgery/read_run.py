@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from knport.surgery.follow import follow_function, follow_module, tokens_of
 from knport.surgery.graph import Graph
+from knport.surgery.kinds import channels_last
 from knport.surgery.read_fx import first_shape, writes_in_place
-from knport.surgery.roles import function_role, module_role
+from knport.surgery.roles import function_role, module_role, reads_first_only
 
 _MARK = "_knport_node"  # the index of the node that made (or last wrote) a tensor, kept on the tensor itself
 
@@ -53,10 +55,13 @@ class _Recorder(TorchFunctionMode):
         self.inside.append(_sources((args, kwargs)))
 
     def _after_leaf(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        inputs = self.inside.pop()
-        if not self.inside:
+        if len(self.inside) == 1:  # still there, so that what follows records no steps of its own
+            x, role = next(iter((*args, *kwargs.values())), None), module_role(module)
             inplace = getattr(module, "inplace", False) is True
-            self.add("module", self.leaves[id(module)], module_role(module), inputs, out, inplace)
+            tokens = tokens_of(x) if role == "linear" else None
+            index = self.add("module", self.leaves[id(module)], role, self.inside[0], out, inplace, tokens)
+            follow_module(role, index, x, out, channels_last(module))
+        self.inside.pop()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -65,15 +70,18 @@ class _Recorder(TorchFunctionMode):
         inputs = _sources((args, kwargs))
         out = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
-        if name != "__get__" and first_shape(out) is not None:
-            self.add("function", name, function_role(name), inputs, out, writes_in_place(function, args, kwargs))
+        if first_shape(out) is not None and (name != "__get__" or inputs):  # x.T, but not the attributes of modules
+            role, inputs = function_role(name), inputs[:1] if reads_first_only(name) else inputs
+            follow_function(function, role, args, kwargs, out)
+            self.add("function", name, role, inputs, out, writes_in_place(function, args, kwargs))
         return out
 
-    def add(self, op: str, name: str, role: str, inputs: list[int], out: Any, inplace: bool = False) -> None:
-        """Append a node and mark the tensors that it made."""
-        index = self.read.add(op, name, role, inputs, first_shape(out), inplace, self.owners[-1])
+    def add(self, op: str, name: str, role: str, inputs: list[int], out: Any, inplace=False, tokens=None) -> int:
+        """Append a node, mark the tensors that it made, and return its index."""
+        index = self.read.add(op, name, role, inputs, first_shape(out), inplace, self.owners[-1], tokens)
         for tensor in _tensors(out):
             _mark(tensor, index)
+        return index
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -8,6 +8,10 @@ from knport.surgery.kinds import kind
 
 # Steps between a norm and a convolution that hand a normalized map on as a map.
 TRANSPARENT = frozenset({"act", "pool", "dropout", "identity", "cat", "pad", "resize"})
+# Steps that hand every value on, in another order or shape.
+SHUFFLES = frozenset({"identity", "dropout", "reshape", "move", "pad"})
+# Steps between a layer and a norm behind it under which the norm's work can still be done by that layer.
+BEFORE_NORM = frozenset({"identity", "act", "pool", "dropout"})
 # Steps whose output may be the same memory as their input.
 VIEWS = frozenset({"identity", "reshape", "dropout"})
 
@@ -23,7 +27,11 @@ _FUNCTIONS = {
     "resize": "interpolate upsample",
     "add": "add iadd radd sub isub",
     "mul": "mul imul rmul",
-    "reshape": "flatten view reshape permute transpose squeeze unsqueeze chunk split unbind getitem expand unflatten",
+    "reshape": "flatten view reshape permute transpose squeeze unsqueeze chunk split unbind getitem expand unflatten "
+    "view_as reshape_as expand_as swapaxes swapdims movedim moveaxis narrow select t split_with_sizes tensor_split "
+    "ravel get",
+    "move": "roll flip index_select stack repeat rot90 pixel_shuffle pixel_unshuffle channel_shuffle unfold",
+    "functional linear": "linear scaled_dot_product_attention multi_head_attention_forward",
     "functional norm": "batch_norm layer_norm group_norm instance_norm rms_norm",
     "functional conv": "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
 }
@@ -48,6 +56,11 @@ def plain_name(name: str) -> str:
 def function_role(name: str) -> str:
     """The role of a function or tensor method by its name."""
     return _ROLE_OF_FUNCTION.get(plain_name(name), "other")
+
+
+def reads_first_only(name: str) -> bool:
+    """Whether a function takes nothing but the shape or the type of every tensor after its first."""
+    return plain_name(name).endswith("_as") or plain_name(name).endswith("_like")
 
 
 def module_role(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""The norms and convolutions of a model: their paths and, for each that must stay as it is, the reason."""
+"""The norms, convolutions and linear layers of a model: their paths and, for each that must stay, the reason."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ from torch import nn
 
 from knport.surgery.filters import Selection
 from knport.surgery.graph import Graph, Node, is_map
-from knport.surgery.kinds import KN_NORMS, conv_problem, kind, norm_problem
-from knport.surgery.roles import TRANSPARENT
+from knport.surgery.kinds import channels_last, conv_problem, kind, linear_problem, norm_problem
+from knport.surgery.roles import BEFORE_NORM, SHUFFLES, TRANSPARENT
 
-_KINDS = {"norm": "norm", "kn_norm": "norm", "conv": "conv", "kn_conv": "conv"}
+_KINDS = {
+    "norm": "norm",
+    "kn_norm": "norm",
+    "conv": "conv",
+    "kn_conv": "conv",
+    "linear": "linear",
+    "kn_linear": "linear",
+}
+NOT_CALLED = "never called as a module when the model was run to read it"
+_PROBLEMS = {"norm": norm_problem, "conv": conv_problem, "linear": linear_problem}
 _TO_OUTPUT = frozenset({"act", "pool", "dropout", "identity", "resize", "reshape"})
 
 
 @dataclass(frozen=True)
 class Site:
-    """A norm ("norm") or a convolution ("conv") under all its names.
+    """A norm ("norm"), a convolution ("conv") or a linear layer ("linear") under all its names.
 
     Args:
         path: its first dotted name.
-        kind: "norm" or "conv".
+        kind: "norm", "conv" or "linear".
         module: itself.
         aliases: its other names.
         tied: whether another module holds one of its parameters too.
@@ -40,7 +49,7 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """Every norm and convolution by its first path, in module order; what is inside a norm belongs to it."""
+    """Every norm, convolution and linear layer by its first path, in module order; a norm's parts belong to it."""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
@@ -55,63 +64,82 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def blocked_sites(graph: Graph, sites: dict[str, Site], selection: Selection) -> dict[str, str]:
-    """path -> why this norm or convolution stays as it is, whatever stands around it."""
+    """path -> why this norm, convolution or linear layer stays as it is, whatever stands around it."""
     pooled, blocked = graph.pooled(), {}
     for path, site in sites.items():
-        problem = conv_problem if site.kind == "conv" else norm_problem
-        reason = selection.refusal(path, *_partners(graph, site)) or problem(site.module) or _not_called(graph, site)
+        reason = selection.refusal(path, *_partners(graph, site))
+        reason = reason or _PROBLEMS[site.kind](site.module) or _not_called(graph, site)
         if reason is None:
-            place = _conv_place if site.kind == "conv" else _norm_place
-            reason = next(filter(None, (place(graph, graph.nodes[i], site, pooled) for i in graph.calls[path])), None)
+            calls = [graph.nodes[i] for i in graph.calls[path]]
+            reason = next(filter(None, (_place(graph, call, site, pooled) for call in calls)), None)
         if reason is not None and not site.ours:
             blocked[path] = reason
     return blocked
 
 
 def _partners(graph: Graph, site: Site) -> list[str]:
-    """Sites whose being included includes this one: for a norm the convolution right before it; for a convolution
-    the norms right after it, and those it reads that have no convolution of their own."""
+    """Sites whose being included includes this one: for a norm the layer right before it; for a convolution or linear
+    layer the norms behind it, and those it reads that have no layer of their own."""
     calls = graph.calls.get(site.path, ())
     if site.kind == "norm":
-        return [conv for i in calls if (conv := conv_before(graph, i))]
-    after = [end.name for i in calls for end in graph.ends(i, frozenset({"identity"})) if end.role == "norm"]
-    read = [end for i in calls for end in graph.ends(i, TRANSPARENT, back=True) if end.role == "norm"]
-    return after + [norm.name for norm in read if conv_before(graph, norm.index) is None]
+        return [layer for i in calls if (layer := layer_before(graph, i))]
+    through = TRANSPARENT if site.kind == "conv" else TRANSPARENT | SHUFFLES
+    after = [end.name for i in calls for end in norms_behind(graph, i)]
+    read = [end for i in calls for end in graph.ends(i, through, back=True) if end.role == "norm"]
+    return after + [norm.name for norm in read if layer_before(graph, norm.index) is None]
 
 
-def conv_before(graph: Graph, norm: int) -> str | None:
-    """Path of the convolution that a norm reads directly."""
+def layer_before(graph: Graph, norm: int) -> str | None:
+    """Path of the convolution or linear layer whose output a norm reads, at most through activations and pooling."""
     node = graph.nodes[norm]
     while node.inputs:
         node = graph.nodes[node.inputs[0]]
-        if node.role != "identity" or len(graph.readers[node.index]) != 1:
+        if len(node.inputs) != 1 or node.role not in BEFORE_NORM | {"reshape"}:
             break
-    return node.name if node.role == "conv" else None
+    if node.role not in ("conv", "linear"):
+        return None
+    return node.name if any(end.index == norm for end in norms_behind(graph, node.index)) else None
+
+
+def norms_behind(graph: Graph, layer: int) -> list[Node]:
+    """The norms that read a call of a convolution or linear layer, at most through activations and pooling."""
+    return [end for end in ends_behind(graph, layer) if end.role in ("norm", "kn_norm")]
+
+
+def ends_behind(graph: Graph, layer: int) -> list[Node]:
+    """What reads a call of a convolution or linear layer, looking through activations and pooling."""
+    linear = graph.nodes[layer].role == "linear"  # its (..., C) is often viewed as (N, C) for a BatchNorm
+    return graph.ends(layer, BEFORE_NORM | {"reshape"} if linear else BEFORE_NORM)
 
 
 def _not_called(graph: Graph, site: Site) -> str | None:
-    return None if graph.calls.get(site.path) else "never called as a module when the model was run to read it"
+    return None if graph.calls.get(site.path) else NOT_CALLED
 
 
-def _norm_place(graph: Graph, node: Node, site: Site, pooled: list[bool]) -> str | None:
-    if len(node.shape or ()) - 2 not in KN_NORMS:
-        return (
-            f"reads a tensor of shape {graph.in_shape(node.index)}, which is no (N, channels, ...) map; not offered yet"
-        )
-    return None
+def _place(graph: Graph, node: Node, site: Site, pooled: list[bool]) -> str | None:
+    """Why what a call reads forbids it."""
+    if site.kind == "linear":
+        return None
+    return _conv_place(graph, node, site, pooled) if site.kind == "conv" else _norm_place(graph, node, site)
+
+
+def _norm_place(graph: Graph, node: Node, site: Site) -> str | None:
+    if channels_last(site.module) or len(node.shape or ()) in (2, 3, 4, 5):
+        return None
+    return f"reads a tensor of shape {graph.in_shape(node.index)}, which is neither (N, channels) nor a map"
 
 
 def _conv_place(graph: Graph, node: Node, site: Site, pooled: list[bool]) -> str | None:
     if any(pooled[i] for i in node.inputs):
         return "on a 1x1 map after global pooling (a squeeze-excite gate or the head)"
     read_by_norm = any(graph.nodes[r].role == "norm" for r in graph.readers[node.index])
-    whole = is_map(graph.in_shape(node.index)) and not is_map(node.shape) and not any(_pads(site.module))
+    whole = is_map(graph.in_shape(node.index)) and not is_map(node.shape) and not any(pads(site.module))
     if whole and not read_by_norm and set(site.module.stride) == {1}:
         return "covers the whole map at once: a linear layer of the head"
     return "the classifier" if is_classifier(graph, node, site.module) else None
 
 
-def _pads(conv: nn.Module) -> list[bool]:
+def pads(conv: nn.Module) -> list[bool]:
     return [bool(p) for p in conv.padding] if not isinstance(conv.padding, str) else [conv.padding == "same"]
 
 

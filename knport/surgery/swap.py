@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from knport.layers import KNLinear
 from knport.surgery.config import KNConfig
 from knport.surgery.copying import copy_model
 from knport.surgery.enlarge import embed, enlarged_padding
+from knport.surgery.fold import folded
 from knport.surgery.kinds import KN_CONVS, KN_NORMS, fused_parts
 
 if TYPE_CHECKING:
@@ -30,7 +32,11 @@ def swap(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     """`model`, or by default a deep copy of it, with the modules of `plan` replaced."""
     model = model if inplace else copy_model(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    new = {id(modules[v.path]): _replacement(modules[v.path], v, plan.config) for v in plan.verdicts if v.changes}
+    new = {
+        id(modules[v.path]): _replacement(modules[v.path], v, plan.config, modules.get(v.fold))
+        for v in plan.verdicts
+        if v.changes
+    }
     for place in plan.final_norms:
         old = modules[place.path]
         new[id(old)] = _in_mode(nn.Sequential(_kernel_norm(place, plan.config, old), old), old)
@@ -50,9 +56,11 @@ def exchange(model: nn.Module, new: dict[int, nn.Module]) -> None:
                 parent._modules[name] = new[id(child)]
 
 
-def _replacement(old: nn.Module, verdict: Verdict, config: KNConfig) -> nn.Module:
-    if verdict.kind == "conv":
-        return adopt(_kn_conv(old, verdict, config), old)
+def _replacement(old: nn.Module, verdict: Verdict, config: KNConfig, norm: nn.Module | None) -> nn.Module:
+    """The module in the place of `old`; `norm` is the one whose gain and bias it takes along."""
+    if verdict.kind != "norm":
+        build = _kn_conv if verdict.kind == "conv" else _kn_linear
+        return adopt(build(old, verdict, config, *_parameters(old, norm)), old)
     parts = fused_parts(old)
     if verdict.verdict == "KernelNorm":
         parts = [_kernel_norm(verdict, config, old), *parts]
@@ -64,13 +72,47 @@ def _replacement(old: nn.Module, verdict: Verdict, config: KNConfig) -> nn.Modul
 
 def _kernel_norm(site: Verdict | FinalNorm, config: KNConfig, old: nn.Module) -> nn.Module:
     options = {**config.layer_options(), "dropout": site.dropout}
+    if site.ndim == 0:  # one vector per image: its unit is itself
+        features = old.num_channels if isinstance(old, nn.GroupNorm) else old.num_features
+        return _in_mode(nn.LayerNorm(features, eps=config.eps, elementwise_affine=False), old)
     return _in_mode(KN_NORMS[site.ndim](1, **options), old)
 
 
-def _kn_conv(old: nn.Module, verdict: Verdict, config: KNConfig) -> nn.Module:
-    """The KNConv in the place of a convolution, with its weights."""
+def _parameters(old: nn.Module, norm: nn.Module | None) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of the new layer: the old ones, with the norm's gain and bias in them, or zeros for no bias."""
+    weight, bias, learns = old.weight, old.bias, old.weight.requires_grad
+    if norm is not None:
+        tensors = [None if t is None else t.detach() for t in (weight, bias)]
+        return tuple(nn.Parameter(t, requires_grad=learns) for t in folded(*tensors, norm))
+    if bias is None:
+        bias = nn.Parameter(weight.detach().new_zeros(len(weight)), requires_grad=learns)
+    return weight, bias
+
+
+def _options(verdict: Verdict, config: KNConfig) -> dict:
+    own = {"dropout": verdict.dropout} | ({} if verdict.eps is None else {"eps": verdict.eps})
+    return {**config.layer_options(), **own}
+
+
+def _kn_linear(old: nn.Linear, verdict: Verdict, config: KNConfig, weight: nn.Parameter, bias: nn.Parameter):
+    """The KNLinear in the place of a linear layer."""
+    new = KNLinear(
+        old.in_features,
+        old.out_features,
+        norm_window=verdict.norm_window,
+        prefix_tokens=verdict.prefix_tokens,
+        grid_size=verdict.grid_size,
+        device="meta",
+        dtype=weight.dtype,
+        **_options(verdict, config),
+    )
+    new.weight, new.bias = weight, bias
+    return new
+
+
+def _kn_conv(old: nn.Module, verdict: Verdict, config: KNConfig, weight: nn.Parameter, bias: nn.Parameter):
+    """The KNConv in the place of a convolution."""
     size = verdict.enlarge
-    weight = old.weight
     new = KN_CONVS[verdict.ndim](
         old.in_channels,
         old.out_channels,
@@ -83,11 +125,8 @@ def _kn_conv(old: nn.Module, verdict: Verdict, config: KNConfig) -> nn.Module:
         norm_window=verdict.norm_window,
         device="meta",
         dtype=weight.dtype,
-        **{**config.layer_options(), "dropout": verdict.dropout},
+        **_options(verdict, config),
     )
-    bias = old.bias
-    if bias is None:
-        bias = nn.Parameter(weight.detach().new_zeros(old.out_channels), requires_grad=weight.requires_grad)
     if size:
         large = embed(weight.detach(), size, verdict.side)
         weight = nn.Parameter(large, requires_grad=weight.requires_grad)

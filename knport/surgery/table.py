@@ -8,12 +8,20 @@ if TYPE_CHECKING:
     from knport.surgery.plan import Plan
 
 HEADINGS = ("module", "layer", "verdict", "why")
-COLOURS = {"absorbed": "green", "KNConv": "green", "KernelNorm": "cyan", "kept": "yellow", "already": "dim"}
+COLOURS = {
+    "absorbed": "green",
+    "KNConv": "green",
+    "KNLinear": "green",
+    "KernelNorm": "cyan",
+    "kept": "yellow",
+    "already": "dim",
+}
 
 
 LEGEND = {
-    "absorbed": "norm removed, with its gain and bias; the convolutions next to it do its work",
+    "absorbed": "norm removed; the layers next to it do its work",
     "KNConv": "the same convolution, normalizing what lies under its kernel",
+    "KNLinear": "the same linear layer, normalizing the tokens that it reads",
     "KernelNorm": "a norm of each pixel over its channels, within one image",
     "kept": "stays as it is",
     "already": "a layer of knport",
@@ -22,7 +30,7 @@ LEGEND = {
 
 def summary(plan: Plan) -> list[str]:
     """The sentences above the table."""
-    norms, convs = plan.count("norm"), plan.count("conv")
+    norms, convs, linears = plan.count("norm"), plan.count("conv"), plan.count("linear")
     before, after = plan.parameters
     enlarged = sum(1 for v in plan.verdicts if v.enlarge)
     lines = [
@@ -33,6 +41,8 @@ def summary(plan: Plan) -> list[str]:
         f"  norms         {_counts(norms)}",
         f"  convolutions  {_counts(convs)}",
     ]
+    if linears:
+        lines.append(f"  linear layers {_counts(linears)}")
     if enlarged:
         why = "one pixel has no neighbourhood to take statistics of"
         lines.append(f"  1x1 kernels   {enlarged} enlarged to {plan.config.enlarge}: {why}")
@@ -43,7 +53,7 @@ def summary(plan: Plan) -> list[str]:
     if plan.inplace_off:
         lines.append(f"  in place      switched off in {len(plan.inplace_off)} activations whose norm goes")
     lines += [f"  note          {note}" for note in plan.notes]
-    used = [word for word in LEGEND if norms[word] or convs[word]]
+    used = [word for word in LEGEND if norms[word] or convs[word] or linears[word]]
     return [*lines, "", *(f"  {word:<13} {LEGEND[word]}" for word in used)]
 
 

@@ -1,0 +1,72 @@
+"""Norms of single positions (LayerNorm, RMSNorm) whose readers take whole channel vectors: linear layers, 1x1
+convolutions. At window 1 such a layer on kernel normalized input is the norm and the layer, gain and bias folded in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from knport.surgery.graph import Graph, Node
+from knport.surgery.kinds import channels_last, fused_parts, is_pixel_norm
+from knport.surgery.roles import SHUFFLES
+from knport.surgery.sites import Site, pads
+
+_AS_THEY_ARE = frozenset({"identity", "dropout"})
+
+
+def foldable(graph: Graph, sites: dict[str, Site], blocked: dict[str, str]) -> dict[str, list[str]]:
+    """path of a norm -> its readers, for each norm that all of its readers can do the work of, exactly."""
+    head = graph.head()
+    found = {}
+    for path, site in sites.items():
+        if site.kind == "norm" and not site.ours and path not in blocked and is_pixel_norm(site.module):
+            readers = [] if fused_parts(site.module) else _readers(graph, site)
+            if readers and all(_takes(graph, end, site, sites, blocked) and not head[end.index] for end in readers):
+                found[path] = list(dict.fromkeys(end.name for end in readers))
+    return found
+
+
+def _readers(graph: Graph, norm: Site) -> list[Node]:
+    """What reads the norm; empty if one of its calls is read by nothing."""
+    ends = [graph.ends(index, SHUFFLES) for index in graph.calls[norm.path]]
+    return [end for one in ends for end in one] if all(ends) else []
+
+
+def _takes(graph: Graph, end: Node, norm: Site, sites: dict[str, Site], blocked: dict[str, str]) -> bool:
+    """Whether the layer called at `end` reads nothing but whole channel vectors of this norm, at each of its calls."""
+    site = sites.get(end.name) if end.op == "module" else None
+    if site is None or site.kind == "norm" or site.ours or site.tied or end.name in blocked:
+        return False
+    calls = graph.calls[end.name]
+    if site.kind == "linear":
+        return all(graph.nodes[i].tokens.norm in graph.calls[norm.path] for i in calls)
+    plain = set(site.module.kernel_size) == {1} and not any(pads(site.module)) and not channels_last(norm.module)
+    sources = {source.name for i in calls for source in graph.ends(i, _AS_THEY_ARE, back=True)}
+    return plain and sources == {norm.path}
+
+
+def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer that reads what `norm` would have read, with the norm's gain and bias in them.
+
+    Args:
+        weight: (out, in / groups), or (out, in / groups, 1, ...) of a 1x1 convolution.
+        bias: (out,) or None.
+        norm: with gain and bias (in,), or without.
+    """
+    flat = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    new = flat.new_zeros(len(flat)) if bias is None else bias.to(flat.dtype)
+    gain, shift = (_per_filter(getattr(norm, name, None), flat) for name in ("weight", "bias"))
+    if shift is not None:
+        new = new + (flat * shift).sum(1)
+    if gain is not None:
+        flat = flat * gain
+    return flat.to(weight.dtype).view_as(weight), new.to(weight.dtype)
+
+
+def _per_filter(values: Tensor | None, weight: Tensor) -> Tensor | None:
+    """(in,) values -> one row per filter, of the inputs that it reads: (out, in / groups)."""
+    if values is None:
+        return None
+    groups = values.numel() // weight.shape[1]
+    rows = values.to(weight.dtype).view(groups, 1, -1)
+    return rows.expand(groups, len(weight) // groups, -1).reshape(weight.shape)
