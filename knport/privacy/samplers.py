@@ -22,6 +22,9 @@ from knport.functional.geometry import pad, padding_pairs
 from knport.functional.statistics import full_precision
 from knport.privacy.record import take
 
+# Up to so many positions a product of unfolded units is used: on a CPU 60 times faster than a convolution at 2 x 2 of 64
+# channels, level near 4 x 4; at 32 x 32 the convolution is four times faster and needs a ninth of the memory.
+FEW_POSITIONS = 16
 _WEIGHT_GRADIENT = {1: nn.grad.conv1d_weight, 2: nn.grad.conv2d_weight, 3: nn.grad.conv3d_weight}
 
 
@@ -132,6 +135,10 @@ def _weight_gradients(layer, units: Tensor, mean: Tensor, g: Tensor) -> Tensor:
     shape = layer.weight.shape
     if not n:  # Poisson sampling may draw nobody
         return units.new_zeros(0, *shape)
+    if math.prod(g.shape[2:]) <= FEW_POSITIONS:
+        units, g = _unfolded(layer, units, mean, g)
+        with full_precision(units):
+            return (g.transpose(2, 3) @ units).reshape(n, *shape)  # (N, G, C_out / G, M)
     # Images side by side as groups of one convolution: its weight gradient is that of each image, and nothing unfolds.
     side_by_side = units.reshape(1, n * c_in, *units.shape[2:]), g.reshape(1, n * c_out, *g.shape[2:])
     with full_precision(units):
@@ -159,6 +166,11 @@ def _plain_norms(layer, units: Tensor, mean: Tensor, g: Tensor) -> Tensor:
 
 def _ghost_norms(layer, units: Tensor, mean: Tensor, g: Tensor) -> Tensor:
     """|sum_l g_l u_l^T|^2 = sum over l and m of (g_l . g_m) (u_l . u_m), group by group."""
+    return _norms_of_sums(*_unfolded(layer, units, mean, g))
+
+
+def _unfolded(layer, units: Tensor, mean: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """U - mu' of every position, (N, G, L, M), and g, (N, G, L, C_out / G)."""
     for dim in range(layer.ndim):
         reach = layer.dilation[dim] * (layer.kernel_size[dim] - 1) + 1
         units = units.unfold(2 + dim, reach, layer.stride[dim])[..., :: layer.dilation[dim]]
@@ -167,7 +179,7 @@ def _ghost_norms(layer, units: Tensor, mean: Tensor, g: Tensor) -> Tensor:
     units = units.flatten(2 + layer.ndim).flatten(2, 1 + layer.ndim).unflatten(1, (layer.groups, -1))
     units = units.transpose(2, 3).flatten(3)
     g = g.flatten(2).unflatten(1, (layer.groups, -1)).transpose(2, 3)  # (N, C_out, O, P) -> (N, G, L, C_out / G)
-    return _norms_of_sums(units, g)
+    return units, g
 
 
 def _norms_of_sums(units: Tensor, g: Tensor) -> Tensor:
