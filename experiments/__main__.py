@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "run a grid of models, norms, batch sizes and seeds, and report it",
     "demo": "compare three norms on the embedded digits in a few minutes",
     "report": "write report.html, report.md and results.csv for a folder of runs",
+    "sweep": "convert every network of torchvision and timm's families, and check the promises",
     "list": "the recipes, norms and models that can be named",
 }
 PROG = "python -m experiments"

@@ -5,6 +5,7 @@ torch.fx with our own leaf rule is tried first; a model that it cannot trace is 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -49,7 +50,8 @@ def read(
     Args:
         model: any module; its parameters, buffers, flags and the random state stay as they are.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. Default: zeros of the
-            size that the model states (timm's `pretrained_cfg`), else (2, channels, 224, 224), else 32 pixels.
+            size that the model states (timm's `pretrained_cfg`, `img_size`), else (2, channels, 224, 224), else 32
+            pixels, for every argument that has no default.
         training: read it in training mode.
         readers: tried in order.
 
@@ -96,7 +98,14 @@ def _candidates(model: nn.Module, example_inputs: Any) -> Iterator[tuple[tuple, 
         yield (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
     else:
         for size in _default_sizes(model):
-            yield (torch.zeros(2, *size, dtype=_dtype(model), device="cpu"),), {}
+            yield (torch.zeros(2, *size, dtype=_dtype(model), device="cpu"),) * _images_asked_for(model), {}
+
+
+def _images_asked_for(model: nn.Module) -> int:
+    """How many arguments the model's forward cannot do without: optical flow takes two images."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.default is p.empty and p.kind in positional for p in parameters))
 
 
 def _default_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -101,7 +101,8 @@ def _why_not_folded(graph: Graph, path: str, blocked: dict[str, str]) -> str:
 
 def _readers(ends: list[Node]) -> str:
     texts = [f"{end.name} ({end.role})" if end.op == "module" else f"the function {end.name}" for end in ends]
-    return names(["the output" if end.role == "output" else text for end, text in zip(ends, texts, strict=True)])
+    texts = ["the output" if end.role == "output" else text for end, text in zip(ends, texts, strict=True)]
+    return names(list(dict.fromkeys(texts)))
 
 
 # --- convolutions and linear layers
