@@ -8,6 +8,8 @@ One family per file. The same names work in `timm.create_model` once this packag
 from architectures import (
     cifar_densenet,
     cifar_resnet,
+    conformer,
+    conformer_original,
     convmixer,
     convnext,
     convnext_original,
@@ -15,6 +17,7 @@ from architectures import (
     fcn,
     knresnet,
     knresnet_v1,
+    normalized,
     resnet,
     small,
     vit,
@@ -25,6 +28,8 @@ from architectures.registry import create_model, list_models, original_of
 __all__ = [
     "cifar_densenet",
     "cifar_resnet",
+    "conformer",
+    "conformer_original",
     "convmixer",
     "convnext",
     "convnext_original",
@@ -35,6 +40,7 @@ __all__ = [
     "knresnet_v1",
     "list_models",
     "load_published",
+    "normalized",
     "original_of",
     "resnet",
     "small",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from architectures.head import ClassifierHead
 from architectures.registry import register
 
 
@@ -35,13 +36,13 @@ class Block(nn.Module):
         return self.act2(y + self.shortcut(x))
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(ClassifierHead, nn.Module):
     """A residual network for small images.
 
     Args:
         depth: blocks per stage, n.
         width: multiplies the stages' 16, 32 and 64 channels.
-        num_classes: size of the last layer.
+        num_classes: size of the last layer; 0 for pooled features.
         in_chans: channels of the images.
         low_resolution: accepted like everywhere; this network has one form, for small images.
 
@@ -66,7 +67,8 @@ class CifarResNet(nn.Module):
                 channels = 16 * width * 2**stage
         self.blocks = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes)
+        self.num_features = channels
+        self.fc = self.new_classifier(num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from architectures.head import ClassifierHead
 from architectures.knresnet import BOTTOM_RIGHT, TOP_LEFT
+from architectures.norms import with_norm
 from architectures.registry import register
-from knport import KernelNorm2d, KNConv2d, replace_norm
+from knport import KernelNorm2d, KNConv2d
 
 WINDOW = 3
 
@@ -130,8 +131,7 @@ class ConvMixer(TimmConvMixer):
         patch_size = low_resolution_patch if low_resolution else patch_size
         classes = {"num_classes": num_classes, "in_chans": in_chans}
         super().__init__(dim, depth, kernel_size, patch_size, act_layer=activation, **classes)
-        if norm != "batch":
-            replace_norm(self, norm, inplace=True)
+        with_norm(self, norm)
 
 
 @register(original="baseline_convmixer_256_8")

@@ -28,8 +28,9 @@ from torchvision.models import densenet
 
 from architectures.head import ClassifierHead
 from architectures.knresnet import kaiming_init
+from architectures.norms import with_norm
 from architectures.registry import register
-from knport import KernelNorm2d, KNConv2d, replace_norm
+from knport import KernelNorm2d, KNConv2d
 
 BOTTLENECK = 4  # width between the original's two convolutions, in growth rates
 WINDOW = 3
@@ -166,8 +167,7 @@ class DenseNet(ClassifierHead, densenet.DenseNet):
         elif in_chans != 3:
             self.features.conv0 = nn.Conv2d(in_chans, initial, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(self.features.conv0.weight)
-        if norm != "batch":
-            replace_norm(self, norm, inplace=True)
+        with_norm(self, norm)
 
 
 @register(original="baseline_densenet121")

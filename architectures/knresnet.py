@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from architectures.head import ClassifierHead
 from architectures.registry import register
 from knport import KernelNorm2d, KNConv2d
 
@@ -82,7 +83,7 @@ class FinalConv(nn.Sequential):
         self.pool, self.act, self.conv = nn.MaxPool2d(2), activation(), conv
 
 
-class KNResNet(nn.Module):
+class KNResNet(ClassifierHead, nn.Module):
     """A kernel normalized residual network.
 
     Args:
@@ -143,7 +144,7 @@ class KNResNet(nn.Module):
             self.final = FinalConv(activation, KNConv2d(widths[-1], final, 2, padding=paddings[-1], dropout=dropout))
         self.norm = KernelNorm2d(dropout=min(5 * dropout, 0.25))
         self.act = activation()
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.fc = self.new_classifier(num_classes)
         kaiming_init(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -159,13 +160,6 @@ class KNResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
 
 def knconv_stem(
@@ -193,19 +187,44 @@ def _released_paddings(low_resolution: bool, final: bool) -> tuple:
     return TOP_LEFT, BOTTOM_RIGHT, third if final else 0, int(low_resolution)
 
 
-@register
+@register(original="baseline_resnet18")
 def knresnet18(**kwargs) -> KNResNet:
     """KNResNet-18: 11.69 M parameters, 3.56 G MACs at 224 x 224. ImageNet 71.17 % (TMLR Table 2)."""
     return KNResNet(Basic, (64, 256, 512, 724), (256, 256, 512, 724), (2, 2, 1, 1), 512, **kwargs)
 
 
-@register
+@register(original="baseline_resnet34")
 def knresnet34(**kwargs) -> KNResNet:
     """KNResNet-34: 21.79 M parameters, 7.51 G MACs at 224 x 224. ImageNet 74.60 % (TMLR Table 2)."""
     return KNResNet(Basic, (64, 256, 512, 512), (256, 320, 640, 843), (4, 5, 3, 2), 512, **kwargs)
 
 
-@register
+@register(original="baseline_resnet50")
 def knresnet50(**kwargs) -> KNResNet:
     """KNResNet-50: 25.56 M parameters, 10.51 G MACs at 224 x 224. ImageNet 76.54 % (TMLR Table 2)."""
     return KNResNet(Bottleneck, (256, 512, 810, 2048), (64, 128, 201, 512), (4, 5, 4, 2), None, **kwargs)
+
+
+@register(original="baseline_resnet18")
+def knresnet18_macs(**kwargs) -> KNResNet:
+    """KNResNet-18 at 0.69 of its widths, with the MACs of a ResNet-18: 5.81 M parameters, 1.82 G MACs at 224 x 224."""
+    return KNResNet(Basic, (48, 176, 352, 512), (176, 176, 352, 512), (2, 2, 1, 1), 352, **kwargs)
+
+
+@register(original="baseline_resnet34")
+def knresnet34_macs(**kwargs) -> KNResNet:
+    """KNResNet-34 at 0.69 of its widths, with the MACs of a ResNet-34: 10.48 M parameters, 3.68 G MACs at 224 x 224."""
+    return KNResNet(Basic, (48, 176, 352, 352), (168, 224, 440, 584), (4, 5, 3, 2), 352, **kwargs)
+
+
+@register(original="baseline_resnet50")
+def knresnet50_macs(**kwargs) -> KNResNet:
+    """KNResNet-50 at 0.61 of its widths, with the MACs of a ResNet-50: 9.79 M parameters, 4.11 G MACs at 224 x 224."""
+    return KNResNet(Bottleneck, (160, 312, 496, 1248), (40, 78, 118, 304), (4, 5, 4, 2), None, **kwargs)
+
+
+@register(original="cifar_resnet8x2")
+def kncifar_resnet8x2(*, num_classes: int = 10, low_resolution: bool = True, **kwargs) -> KNResNet:
+    """A KNResNet of one block per set, for a laptop, to cifar_resnet8x2: 0.31 M parameters, 54 M MACs at 32 x 32."""
+    sizes = (32, 64, 96, 96), (64, 64, 96, 116), (1, 1, 1, 1), 64
+    return KNResNet(Basic, *sizes, num_classes=num_classes, low_resolution=low_resolution, **kwargs)

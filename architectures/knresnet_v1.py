@@ -25,19 +25,19 @@ def _v1(block, widths, inner, depths, final, *, dropout: float = 0.1, **kwargs) 
     return KNResNet(block, widths, inner, depths, final, paddings=PADDINGS, dropout=dropout, **kwargs)
 
 
-@register
+@register(original="baseline_resnet18")
 def knresnet18_v1(**kwargs) -> KNResNet:
     """KNResNet-18 of the first version: 11.70 M parameters, 10.81 G MACs at 224 x 224. ImageNet 70.90 %."""
     return _v1(Basic, (256, 256, 512, 512), (512, 512, 512, 480), (2, 2, 1, 1), 512, **kwargs)
 
 
-@register
+@register(original="baseline_resnet34")
 def knresnet34_v1(**kwargs) -> KNResNet:
     """KNResNet-34 of the first version: 21.80 M parameters, 13.36 G MACs at 224 x 224. ImageNet 74.60 %."""
     return _v1(Basic, (256, 256, 512, 512), (256, 448, 512, 512), (4, 4, 4, 2), 512, **kwargs)
 
 
-@register
+@register(original="baseline_resnet50")
 def knresnet50_v1(**kwargs) -> KNResNet:
     """KNResNet-50 of the first version: 25.55 M parameters, 13.40 G MACs at 224 x 224. ImageNet 76.0 %.
 

@@ -3,7 +3,8 @@
 The ResNets are torchvision's, the PreActResNets those of He et al. (2016b) with a norm and an activation before the
 average pool, which the kernel normalization papers add to them and which helps them (section 4.1). For small images
 the first convolution is 3 x 3 with stride 1 and there is no max pool. ``norm`` is any of `knport.replace_norm`:
-"batch" as built, "group" (32 groups), "layer" (one group over all channels and pixels), "instance", "none".
+"batch" as built, "group" (32 groups), "layer" (one group over all channels and pixels), "instance", "local_context",
+"positional", "none" and what else it offers.
 
 The names begin with ``baseline_`` because timm owns ``resnet18``, ``tv_resnet34`` and their like: registering those
 would replace its networks.
@@ -18,8 +19,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.models import resnet
 
+from architectures.head import ClassifierHead
+from architectures.norms import with_norm
 from architectures.registry import register
-from knport import replace_norm
+
+
+class ResNet(ClassifierHead, resnet.ResNet):
+    """torchvision's ResNet, with timm's `get_classifier` and `reset_classifier`."""
 
 
 def build_resnet(
@@ -30,7 +36,7 @@ def build_resnet(
     num_classes: int = 1000,
     in_chans: int = 3,
     low_resolution: bool = False,
-) -> resnet.ResNet:
+) -> ResNet:
     """torchvision's ResNet with another norm, other images and a stem for small ones.
 
     Args:
@@ -44,7 +50,8 @@ def build_resnet(
     Shape:
         Input (N, in_chans, H, W) of any size; output (N, num_classes).
     """
-    model = resnet.ResNet(block, list(depths), num_classes=num_classes or 1)
+    model = ResNet(block, list(depths), num_classes=num_classes or 1)
+    model.num_classes, model.num_features = num_classes, 512 * block.expansion
     kernel = {"kernel_size": 3, "padding": 1} if low_resolution else {"kernel_size": 7, "stride": 2, "padding": 3}
     model.conv1 = nn.Conv2d(in_chans, 64, **kernel, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -52,7 +59,7 @@ def build_resnet(
         model.maxpool = nn.Identity()
     if not num_classes:
         model.fc = nn.Identity()
-    return model if norm == "batch" else replace_norm(model, norm, inplace=True)
+    return with_norm(model, norm)
 
 
 class PreActBasic(nn.Module):
@@ -103,7 +110,7 @@ def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Module | None:
     return nn.Conv2d(in_channels, channels, 1, stride, bias=False)
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(ClassifierHead, nn.Module):
     """A pre-activation residual network with a norm and an activation before the pool.
 
     Args:
@@ -141,7 +148,8 @@ class PreActResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm, self.act = nn.BatchNorm2d(channels), nn.ReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        self.num_features = channels
+        self.fc = self.new_classifier(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -152,24 +160,23 @@ class PreActResNet(nn.Module):
 
 
 def _preact(block: type[nn.Module], depths: Sequence[int], *, norm: str = "batch", **kwargs) -> PreActResNet:
-    model = PreActResNet(block, depths, **kwargs)
-    return model if norm == "batch" else replace_norm(model, norm, inplace=True)
+    return with_norm(PreActResNet(block, depths, **kwargs), norm)
 
 
 @register
-def baseline_resnet18(**kwargs) -> resnet.ResNet:
+def baseline_resnet18(**kwargs) -> ResNet:
     """ResNet-18: 11.69 M parameters, 1.81 G MACs at 224 x 224."""
     return build_resnet(resnet.BasicBlock, (2, 2, 2, 2), **kwargs)
 
 
 @register
-def baseline_resnet34(**kwargs) -> resnet.ResNet:
+def baseline_resnet34(**kwargs) -> ResNet:
     """ResNet-34: 21.80 M parameters, 3.66 G MACs at 224 x 224."""
     return build_resnet(resnet.BasicBlock, (3, 4, 6, 3), **kwargs)
 
 
 @register
-def baseline_resnet50(**kwargs) -> resnet.ResNet:
+def baseline_resnet50(**kwargs) -> ResNet:
     """ResNet-50: 25.56 M parameters, 4.09 G MACs at 224 x 224."""
     return build_resnet(resnet.Bottleneck, (3, 4, 6, 3), **kwargs)
 

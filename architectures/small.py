@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from architectures.head import ClassifierHead
 from architectures.knresnet import Basic, KNResNet
 from architectures.registry import register
 from knport import KernelNorm2d, KNConv2d
@@ -75,7 +76,7 @@ class Dense(nn.Module):
         return torch.cat((x, self.layer(x)), dim=1)  # (N, C, H, W) -> (N, C + growth, H, W)
 
 
-class DPNet(nn.Module):
+class DPNet(ClassifierHead, nn.Module):
     """Layers, KernelNorm, activation, average pool, linear.
 
     Args:
@@ -114,7 +115,8 @@ class DPNet(nn.Module):
         self.norm = KernelNorm2d(dropout=min(norm_dropout * dropout, 0.5))
         self.act = activation() if final_activation else nn.Identity()
         self.pool = nn.AdaptiveAvgPool2d(pool)
-        self.fc = nn.Linear(channels * pool**2, num_classes) if num_classes else nn.Identity()
+        self.num_features = channels * pool**2
+        self.fc = self.new_classifier(num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.act(self.norm(self.layers(x))))

@@ -89,7 +89,7 @@ def compare(ours, expected, inputs) -> None:
 
 def around(x, group: int, window) -> torch.Tensor:
     """The definition of LocalContextNorm without gain and bias, one position after the other."""
-    n, c, h, w = x.shape
+    _, c, h, w = x.shape
     (win_h, win_w), out = (min(k, s) for k, s in zip(window, (h, w), strict=True)), torch.zeros_like(x)
     for i in range(h):
         for j in range(w):
