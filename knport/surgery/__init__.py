@@ -11,7 +11,7 @@ from knport.errors import KNPortError, NothingToConvert, UnsupportedModule
 from knport.surgery.budget import parameters_after, parameters_of
 from knport.surgery.config import KNConfig
 from knport.surgery.copying import copy_model
-from knport.surgery.filters import select
+from knport.surgery.filters import select, texts
 from knport.surgery.guard import refuse_wrapped
 from knport.surgery.head import missing_norms
 from knport.surgery.inplace import switch_off
@@ -67,6 +67,8 @@ def plan(
         reader=graph.reader,
         input_shape=graph.input_shape,
         structure=structure_of(model),
+        include=texts(include, "include"),
+        exclude=texts(exclude, "exclude"),
     )
 
 

@@ -42,6 +42,12 @@ def parse(value: Any, name: str) -> list[Filter] | None:
     return [_parse_one(value, name)]
 
 
+def texts(value: Any, name: str) -> tuple[str, ...] | None:
+    """The filters as text, to be shown and written down; None when there are none."""
+    filters = parse(value, name)
+    return None if filters is None else tuple(one.text.strip("'\"") for one in filters)
+
+
 def _parse_one(value: Any, name: str) -> Filter:
     if isinstance(value, type):
         return Filter(value.__name__, lambda _, module: isinstance(module, value), subtree=True)

@@ -14,6 +14,7 @@ from knport.surgery.guard import refuse_wrapped
 from knport.surgery.norm_kinds import NormOptions
 from knport.surgery.norm_swap import swap_norms
 from knport.surgery.plan import check_structure
+from knport.surgery.record import remember
 from knport.surgery.table import HEADINGS
 
 REPLACED, STANDARDIZED, KEPT, ALREADY = "replaced", "standardized", "kept", "already"
@@ -74,6 +75,8 @@ class NormPlan:
         reader: how the model was read.
         input_shape: of the input that it was read with.
         structure: (path, description) of every module, to recognise the model again.
+        include: the filters that chose the norms, as text; None when there were none.
+        exclude: likewise, of what was left alone.
     """
 
     model: str
@@ -84,6 +87,8 @@ class NormPlan:
     reader: str
     input_shape: tuple[int, ...] | None
     structure: tuple[tuple[str, str], ...] = field(repr=False)
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
 
     @property
     def changes(self) -> bool:
@@ -98,7 +103,7 @@ class NormPlan:
         """Carry the plan out on `model`, or on another instance with the same modules; as `Plan.apply`."""
         refuse_wrapped(model)
         check_structure(self.model, self.structure, model)
-        return swap_norms(model, self, inplace=inplace)
+        return remember(swap_norms(model, self, inplace=inplace), self)
 
     def to_json(self) -> str:
         """The plan as a versioned JSON object, without the structure that it is checked against."""

@@ -13,6 +13,7 @@ from knport.errors import KNPortError
 from knport.surgery import table
 from knport.surgery.config import KNConfig
 from knport.surgery.guard import refuse_wrapped
+from knport.surgery.record import remember
 from knport.surgery.swap import swap
 
 ABSORBED, KERNEL_NORM, KN_CONV, KN_LINEAR = "absorbed", "KernelNorm", "KNConv", "KNLinear"
@@ -90,6 +91,8 @@ class Plan:
         reader: how the model was read.
         input_shape: of the input that it was read with.
         structure: (path, description) of every module, to recognise the model again.
+        include: the filters that chose the norms, as text; None when there were none.
+        exclude: likewise, of what was left alone.
     """
 
     model: str
@@ -102,6 +105,8 @@ class Plan:
     reader: str
     input_shape: tuple[int, ...] | None
     structure: tuple[tuple[str, str], ...] = field(repr=False)
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
 
     @property
     def changes(self) -> bool:
@@ -125,7 +130,7 @@ class Plan:
         """
         refuse_wrapped(model)
         check_structure(self.model, self.structure, model)
-        return swap(model, self, inplace=inplace)
+        return remember(swap(model, self, inplace=inplace), self)
 
     def to_json(self) -> str:
         """The plan as a versioned JSON object, without the structure that it is checked against."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from knport.errors import NothingToConvert, UnsupportedModule
 from knport.surgery.copying import copy_model
-from knport.surgery.filters import select
+from knport.surgery.filters import select, texts
 from knport.surgery.graph import Graph
 from knport.surgery.guard import refuse_wrapped
 from knport.surgery.inplace import switch_off
@@ -45,11 +45,11 @@ def plan_norm(
     kind_of(norm, options)
     refuse_wrapped(model)
     sites = find_sites(model)
+    if not any(site.kind == "norm" for site in sites.values()):
+        raise NothingToConvert(f"{type(model).__name__} has no norm that {norm!r} could replace")
     if "" in sites:
         hint = "wrap it, torch.nn.Sequential(module), and replace the norms of that"
         raise UnsupportedModule("", f"the model is itself a {sites[''].kind} ({type(model).__name__})", hint)
-    if not any(site.kind == "norm" for site in sites.values()):
-        raise NothingToConvert(f"{type(model).__name__} has no norm that {norm!r} could replace")
     touched = {p: s for p, s in sites.items() if s.kind == "norm" or norm == "group_ws"}
     selection = select(model, {path: (path, *site.aliases) for path, site in touched.items()}, include, exclude)
     graph = read_all(model, example_inputs, sites)
@@ -66,6 +66,8 @@ def plan_norm(
         reader=graph.reader,
         input_shape=graph.input_shape,
         structure=structure_of(model),
+        include=texts(include, "include"),
+        exclude=texts(exclude, "exclude"),
     )
 
 
