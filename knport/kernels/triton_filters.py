@@ -37,24 +37,20 @@ def _centre_kernel(weight_ptr, used_ptr, sums_ptr, filters, length, BLOCK: tl.co
 
 
 @triton.jit
-def _centre_backward_kernel(
-    grad_ptr, grad_sum_ptr, out_ptr, length, HAS_SUM: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr
-):
+def _centre_backward_kernel(grad_ptr, grad_sum_ptr, out_ptr, length, HAS_SUM: tl.constexpr, BLOCK: tl.constexpr):
     f = tl.program_id(0)
     row = f.to(tl.int64) * length
-    if KIND == 64:
-        total = tl.zeros([BLOCK], tl.float64)
-    else:
-        total = tl.zeros([BLOCK], tl.float32)
+    kind: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros([BLOCK], kind)
     for start in range(0, length, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        total += tl.load(grad_ptr + row + i, mask=i < length, other=0.0).to(total.dtype)
+        total += tl.load(grad_ptr + row + i, mask=i < length, other=0.0).to(kind)
     shift = -tl.sum(total, 0) / length
     if HAS_SUM:
         shift += tl.load(grad_sum_ptr + f)
     for start in range(0, length, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        grad = tl.load(grad_ptr + row + i, mask=i < length, other=0.0).to(total.dtype) + shift
+        grad = tl.load(grad_ptr + row + i, mask=i < length, other=0.0).to(kind) + shift
         tl.store(out_ptr + row + i, grad.to(out_ptr.dtype.element_ty), mask=i < length)
 
 
@@ -89,7 +85,6 @@ def centre_filters_backward(grad: Tensor, grad_sum: Tensor | None, dtype: torch.
     length = grad.numel() // filters
     wrap_triton(_centre_backward_kernel)[(filters,)](
         grad, grad if grad_sum is None else grad_sum, out, length,
-        HAS_SUM=grad_sum is not None, KIND=64 if accumulator(dtype) == torch.float64 else 32,
-        BLOCK=power_of_two(length, _MOST),
+        HAS_SUM=grad_sum is not None, BLOCK=power_of_two(length, _MOST),
     )  # fmt: skip
     return out

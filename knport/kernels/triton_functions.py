@@ -129,7 +129,7 @@ class _NormalizeUnits(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        c, mean, var, own, exact_sum, sums, bias, residual = ctx.saved_tensors
+        c, mean, var, own, _, sums, bias, residual = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _NormalizeUnits.twice(ctx.settings, ctx.saved_tensors, grad)
         eps, _, activation, rounded, shifted = ctx.settings

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from knport.kernels.triton_epilogue import reciprocal_sd
-from knport.kernels.triton_moments import pixel_offset
 from knport.kernels.triton_support import Box, direct, strides5, tile
 
 

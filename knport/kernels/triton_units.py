@@ -105,7 +105,8 @@ def _units_kernel(
 @triton.jit
 def _units_backward_kernel(
     rows_ptr, seed_ptr, grad_mean_ptr, grad_var_ptr, grad_own_ptr, out_ptr, total,
-    FORM: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_OWN: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_OWN: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of (mu', var', mu) -> those of a unit's own mean, variance, third and fourth moment."""
     kind: tl.constexpr = rows_ptr.dtype.element_ty
