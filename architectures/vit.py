@@ -112,6 +112,13 @@ class Tokens(nn.Module):
         return torch.cat([(self.cls_token + own).expand(len(x), -1, -1), tokens], 1)
 
 
+class TokenNorm(KernelNorm1d):
+    """Every token normalized by itself: (N, L, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
 class KNVisionTransformer(ClassifierHead, nn.Module):
     """A kernel normalized ViT.
 
@@ -161,7 +168,7 @@ class KNVisionTransformer(ClassifierHead, nn.Module):
         kn = {"norm_window": window, "prefix_tokens": 1, "dropout": dropout}
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(channels, heads, mlp_ratio, rate, **kn) for rate in rates)
-        self.norm = KernelNorm1d(dropout=min(5 * dropout, 0.25))
+        self.norm = TokenNorm(dropout=min(5 * dropout, 0.25))
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module)
@@ -176,7 +183,7 @@ class KNVisionTransformer(ClassifierHead, nn.Module):
         x = self.tokens(self.patch_embed(x))
         for block in self.blocks:
             x = block(x, grid_size)
-        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return x[:, 0] if pre_logits else self.head(x[:, 0])

@@ -1,0 +1,344 @@
+"""KN-Conformer-Ti/S/B after Peng et al. (ICCV 2021, Figure 2 and Table 1): a ResNet and a ViT side by side.
+
+After a common stem, local features (a map, in bottlenecks) and global ones (tokens of 16 x 16 pixels and a class token,
+in transformer blocks) run in two branches. In every block but the first, two feature coupling units connect them:
+down, the map inside the bottleneck is averaged over each patch, projected and added to the tokens; up, the tokens are
+projected, enlarged and added to the map inside a second bottleneck. Tokens need no positions, they get them from the
+map, so images may have any size. The two branches end in a classifier each.
+
+Kernel normalization stands in front of each layer that the original normalizes behind:
+
+    bottleneck     ReLU, KNConv, ReLU, KNConv 3x3, ReLU, KNConv; plus the shortcut (the order of the KNResNets)
+    transformer    as KN-ViT: `KNLinear` on units of 3 x 3 tokens, the class token by itself
+    down           average pool, KNLinear on 3 x 3 patches of the map, GELU
+    up             KNLinear on 3 x 3 tokens, ReLU, nearest neighbour
+    ends           KernelNorm and ReLU before the pool; KernelNorm of the class token
+
+Projection and average commute, so that nothing but the norm tells `down` from the original's order. The outer kernels
+of the bottlenecks come in two forms:
+
+    pair     2 x 2, as in the KNResNets, padded on opposite sides, with the inner width at which a bottleneck and its
+             coupling unit have the original's parameters; MACs are 1 to 6 % more (9 % at 32 x 32).
+    window   1 x 1 and the widths of the original, hence its parameters and MACs (2 to 3 % less), with units of 3 x 3
+             (`norm_window`). These are the networks whose names end in ``_macs``.
+
+Strided shortcuts have 1 x 1 kernels in both. The original adds the class token to itself in every block; here it passes
+by the couplings unchanged, since a KernelNorm would have to take back a factor of two thousand.
+
+`forward` gives the mean of the two classifiers' logits, one tensor, as at the original's test time. The original trains
+on the sum of their two losses: ``sum(cross_entropy(logits, target) for logits in model.forward_heads(images))``.
+
+Legend: N images, C channels of a stage, I inner channels, E of a token, H x W a map, h x w the grid of patches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from architectures.head import ClassifierHead
+from architectures.knresnet import BOTTOM_RIGHT, TOP_LEFT, knconv_stem
+from architectures.registry import register
+from architectures.vit import Block, TokenNorm, init_linear
+from knport import KernelNorm2d, KNConv2d, KNLinear, KNPortError
+
+WINDOW = 3
+EXPANSION = 4  # C by I in the original's bottlenecks
+
+
+class KNBottleneck(nn.Module):
+    """Pre-activation bottleneck; ``coupled``, a map of I channels, joins in front of the 3 x 3 convolution.
+
+    Shape:
+        Input (N, C_in, H, W); output (N, C, H', W'), and the activated inner map (N, I, H', W').
+    """
+
+    def __init__(self, in_channels: int, inner: int, channels: int, stride: int, form: str, dropout, drop_path):
+        super().__init__()
+        outer = {"kernel_size": 1, "norm_window": WINDOW, "dropout": dropout}
+        first, last = outer, outer
+        if form == "pair":
+            first = {"kernel_size": 2, "padding": TOP_LEFT, "dropout": dropout}
+            last = {"kernel_size": 2, "padding": BOTTOM_RIGHT, "dropout": dropout}
+        self.act = nn.ReLU()
+        self.conv1 = KNConv2d(in_channels, inner, **first)
+        self.conv2 = KNConv2d(inner, inner, 3, stride, padding=1, dropout=dropout)
+        self.conv3 = KNConv2d(inner, channels, **last)
+        self.shortcut = None
+        if stride > 1 or in_channels != channels:
+            self.shortcut = KNConv2d(in_channels, channels, stride=stride, **outer)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, coupled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = self.act(x)
+        skip = x if self.shortcut is None else self.shortcut(y)
+        y = self.act(self.conv1(y))
+        inner = self.act(self.conv2(y if coupled is None else y + coupled))
+        return skip + self.drop_path(self.conv3(inner)), inner
+
+
+class KNDown(nn.Module):
+    """The map as tokens: (N, I, H, W) added to the grid of (N, 1 + h w, E)."""
+
+    def __init__(self, inner: int, embed: int, stride: int, dropout: float):
+        super().__init__()
+        self.pool = nn.AvgPool2d(stride)
+        self.proj, self.act = KNLinear(inner, embed, norm_window=WINDOW, dropout=dropout), nn.GELU()
+
+    def forward(self, inner: Tensor, tokens: Tensor) -> Tensor:
+        y = self.act(self.proj(self.pool(inner).permute(0, 2, 3, 1)))  # (N, I, h, w) -> (N, h, w, E)
+        return torch.cat([tokens[:, :1], tokens[:, 1:] + y.flatten(1, 2)], 1)
+
+
+class KNUp(nn.Module):
+    """The tokens as a map: the grid of (N, 1 + h w, E) -> (N, I, H, W)."""
+
+    def __init__(self, embed: int, inner: int, stride: int, dropout: float):
+        super().__init__()
+        self.proj, self.act = KNLinear(embed, inner, norm_window=WINDOW, dropout=dropout), nn.ReLU()
+        self.enlarge = nn.Upsample(scale_factor=stride) if stride > 1 else nn.Identity()
+
+    def forward(self, tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        y = self.act(self.proj(tokens[:, 1:], grid_size=grid_size))
+        return self.enlarge(y.transpose(1, 2).unflatten(2, grid_size))  # (N, h w, I) -> (N, I, h, w) -> (N, I, H, W)
+
+
+class KNParts:
+    """What a kernel normalized Conformer is made of.
+
+    Args:
+        form: of the bottlenecks, "pair" or "window".
+        dropout: p of every KNConv and KNLinear.
+    """
+
+    def __init__(self, form: str, dropout: float):
+        if form not in ("pair", "window"):
+            raise KNPortError(f"form={form!r}; expected 'pair' (2 x 2 kernels) or 'window' (1 x 1 kernels)")
+        self.form, self.dropout = form, dropout
+
+    def inner(self, in_channels: int, channels: int, embed: int) -> int:
+        """I at which a bottleneck and its coupling unit (``embed`` 0 for none) have the original's weights."""
+        inner = channels // EXPANSION
+        if self.form == "window":
+            return inner
+        weights = inner * (in_channels + channels + embed) + 9 * inner**2
+        linear = 4 * (in_channels + channels) + embed  # weights = 9 I^2 + linear I
+        return max(1, round((math.sqrt(linear**2 + 36 * weights) - linear) / 18))
+
+    def stem(self, in_chans: int, channels: int, low_resolution: bool) -> nn.Module:
+        return knconv_stem(in_chans, channels, low_resolution, self.dropout)
+
+    def bottleneck(self, in_channels, channels, embed, stride=1, drop_path=0.0) -> nn.Module:
+        inner = self.inner(in_channels, channels, embed)
+        return KNBottleneck(in_channels, inner, channels, stride, self.form, self.dropout, drop_path)
+
+    def patches(self, channels: int, embed: int) -> nn.Module:
+        return nn.Sequential(nn.ReLU(), KNConv2d(channels, embed, 4, 4, dropout=self.dropout))
+
+    def transformer(self, embed: int, heads: int, mlp_ratio: float, drop_path: float) -> nn.Module:
+        kn = {"norm_window": WINDOW, "prefix_tokens": 1, "dropout": self.dropout}
+        return Block(embed, heads, mlp_ratio, drop_path, **kn)
+
+    def down(self, inner: int, embed: int, stride: int) -> nn.Module:
+        return KNDown(inner, embed, stride, self.dropout)
+
+    def up(self, embed: int, inner: int, stride: int) -> nn.Module:
+        return KNUp(embed, inner, stride, self.dropout)
+
+    def ends(self, channels: int, embed: int) -> tuple[nn.Module, nn.Module]:
+        dropout = min(5 * self.dropout, 0.25)
+        return nn.Sequential(KernelNorm2d(dropout=dropout), nn.ReLU()), TokenNorm(dropout=dropout)
+
+    def init(self, model: nn.Module) -> None:
+        """Layers on normalized units keep the variance of their input; what is added to a stream, a quarter of it."""
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                gain = 0.5 if path.endswith("conv3") else 1.0
+                nn.init.normal_(module.weight, std=gain / math.sqrt(module.weight[0].numel()))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                init_linear(module)
+                if path.endswith(("down.proj", "up.proj")):
+                    nn.init.normal_(module.weight, std=0.5 / math.sqrt(module.in_features))
+
+
+class CoupledBlock(nn.Module):
+    """A bottleneck and a transformer block, a second bottleneck, and the coupling units between them."""
+
+    def __init__(self, parts, in_channels, channels, embed, heads, mlp_ratio, *, stride, pool, drop_path, last):
+        super().__init__()
+        self.conv = parts.bottleneck(in_channels, channels, embed, stride)
+        self.down = parts.down(parts.inner(in_channels, channels, embed), embed, pool)
+        self.transformer = parts.transformer(embed, heads, mlp_ratio, drop_path)
+        self.up = parts.up(embed, parts.inner(channels, channels, embed), pool)
+        self.fusion = parts.bottleneck(channels, channels, embed, 2 if last else 1, drop_path)
+
+    def forward(self, x: Tensor, tokens: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        x, inner = self.conv(x)
+        tokens = self.transformer(self.down(inner, tokens), grid_size)
+        return self.fusion(x, self.up(tokens, grid_size))[0], tokens
+
+
+class ClassToken(nn.Module):
+    """A learned token in front of the others. In a module of its own for the sake of per-sample gradients."""
+
+    def __init__(self, embed: int):
+        super().__init__()
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed), std=0.02))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+
+
+class TwoHeads(nn.Module):
+    """The classifiers of both branches on their features side by side, (N, C + E): the mean of their logits."""
+
+    def __init__(self, channels: int, embed: int, num_classes: int):
+        super().__init__()
+        self.conv = init_linear(nn.Linear(channels, num_classes))
+        self.transformer = init_linear(nn.Linear(embed, num_classes))
+
+    def both(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        of_map, of_token = features.split([self.conv.in_features, self.transformer.in_features], 1)
+        return self.conv(of_map), self.transformer(of_token)
+
+    def forward(self, features: Tensor) -> Tensor:
+        of_map, of_token = self.both(features)
+        return (of_map + of_token) / 2
+
+
+class Conformer(ClassifierHead, nn.Module):
+    """A convolutional and a transformer branch, coupled in every block but the first.
+
+    Args:
+        parts: what it is made of, `KNParts` or the original's.
+        ratio: C of the first stage by the stem's channels; the second has twice, the third four times as many.
+        embed: E.
+        heads: of each attention.
+        depth: blocks, a multiple of three.
+        stem: channels of the stem.
+        mlp_ratio: hidden channels of the MLPs by E.
+        num_classes: size of the two last layers; 0 for the features of both branches, (N, C + E).
+        in_chans: channels of the images.
+        low_resolution: a 3 x 3 stem without stride, hence patches of 4 x 4 pixels.
+        drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
+
+    Shape:
+        Input (N, in_chans, H, W), both multiples of 16 (4 with ``low_resolution``); output (N, num_classes).
+    """
+
+    classifier_path = "head"
+
+    def __init__(
+        self,
+        parts,
+        ratio: float,
+        embed: int,
+        heads: int,
+        *,
+        depth: int = 12,
+        stem: int = 64,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        low_resolution: bool = False,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.num_classes, self.embed, self.patch_size = num_classes, embed, 4 if low_resolution else 16
+        widths = [int(stem * ratio) * 2**stage for stage in range(3)]
+        self.num_features = widths[-1] + embed
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        self.stem = parts.stem(in_chans, stem, low_resolution)
+        self.conv = parts.bottleneck(stem, widths[0], 0)
+        self.patches, self.class_token = parts.patches(stem, embed), ClassToken(embed)
+        self.transformer = parts.transformer(embed, heads, mlp_ratio, rates[0])
+        self.blocks = nn.ModuleList()
+        channels = widths[0]
+        for i in range(1, depth):
+            stage, first = divmod(3 * i, depth)
+            how = {"stride": 2 if stage and not first else 1, "pool": 4 // 2**stage, "last": i == depth - 1}
+            block = CoupledBlock(parts, channels, widths[stage], embed, heads, mlp_ratio, drop_path=rates[i], **how)
+            self.blocks.append(block)
+            channels = widths[stage]
+        self.norm, self.token_norm = parts.ends(channels, embed)
+        parts.init(self)
+        self.head = self.new_classifier(num_classes)
+
+    def new_classifier(self, num_classes: int) -> nn.Module:
+        return TwoHeads(self.num_features - self.embed, self.embed, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> (N, C + E): the pooled map and the class token, normalized."""
+        grid_size = self._grid_of(x.shape[2:])
+        x = self.stem(x)
+        tokens = self.class_token(self.patches(x).flatten(2).transpose(1, 2))  # (N, E, h, w) -> (N, 1 + h w, E)
+        x, tokens = self.conv(x)[0], self.transformer(tokens, grid_size)
+        for block in self.blocks:
+            x, tokens = block(x, tokens, grid_size)
+        return torch.cat([self.norm(x).mean((2, 3)), self.token_norm(tokens)[:, 0]], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x))
+
+    def forward_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of the convolutional and of the transformer branch, each (N, num_classes), for a loss of each."""
+        return self.head.both(self.forward_features(x))
+
+    def _grid_of(self, size) -> tuple[int, int]:
+        height, width = size
+        if height % self.patch_size or width % self.patch_size:
+            raise KNPortError(
+                f"images of {height} x {width} are no grid of patches of {self.patch_size} x {self.patch_size}; resize "
+                "or pad them to multiples of the patch"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+
+def _build(ratio: float, embed: int, heads: int, *, form: str = "pair", dropout: float = 0.05, **kwargs) -> Conformer:
+    return Conformer(KNParts(form, dropout), ratio, embed, heads, **kwargs)
+
+
+@register(original="baseline_conformer_test")
+def knconformer_test(**kwargs) -> Conformer:
+    """KN-Conformer of six narrow blocks, for tests and small machines: 0.64 M parameters, 0.17 G MACs at 224 x 224."""
+    return _build(2, 64, 2, **{"depth": 6, "stem": 16, **kwargs})
+
+
+@register(original="baseline_conformer_tiny")
+def knconformer_tiny(**kwargs) -> Conformer:
+    """KN-Conformer-Ti: 23.48 M parameters, 5.24 G MACs at 224 x 224."""
+    return _build(1, 384, 6, **kwargs)
+
+
+@register(original="baseline_conformer_small")
+def knconformer_small(**kwargs) -> Conformer:
+    """KN-Conformer-S: 37.62 M parameters, 11.20 G MACs at 224 x 224."""
+    return _build(4, 384, 6, **kwargs)
+
+
+@register(original="baseline_conformer_base")
+def knconformer_base(**kwargs) -> Conformer:
+    """KN-Conformer-B: 83.16 M parameters, 24.71 G MACs at 224 x 224."""
+    return _build(6, 576, 9, **kwargs)
+
+
+@register(original="baseline_conformer_tiny")
+def knconformer_tiny_macs(**kwargs) -> Conformer:
+    """KN-Conformer-Ti with the original's kernels: 23.49 M parameters, 5.13 G MACs at 224 x 224."""
+    return _build(1, 384, 6, form="window", **kwargs)
+
+
+@register(original="baseline_conformer_small")
+def knconformer_small_macs(**kwargs) -> Conformer:
+    """KN-Conformer-S with the original's kernels: 37.62 M parameters, 10.27 G MACs at 224 x 224."""
+    return _build(4, 384, 6, form="window", **kwargs)
+
+
+@register(original="baseline_conformer_base")
+def knconformer_base_macs(**kwargs) -> Conformer:
+    """KN-Conformer-B with the original's kernels: 83.21 M parameters, 22.58 G MACs at 224 x 224."""
+    return _build(6, 576, 9, form="window", **kwargs)
