@@ -549,8 +549,8 @@ def test_a_plan_fits_only_models_of_its_structure():
 
 
 def test_bad_arguments():
-    with pytest.raises(KNPortError, match="not offered yet"):
-        convert(post(), match_params="model")
+    with pytest.raises(KNPortError, match="or a number of parameters"):
+        convert(post(), match_params="modle")
     with pytest.raises(KNPortError, match=r"expected a knport\.KNConfig"):
         convert(post(), {"dropout": 0.1})
     with pytest.raises(KNPortError, match=r"expected a torch\.nn\.Module"):

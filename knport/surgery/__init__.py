@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -16,10 +17,12 @@ from knport.surgery.guard import refuse_wrapped
 from knport.surgery.head import missing_norms
 from knport.surgery.inplace import switch_off
 from knport.surgery.match import match
+from knport.surgery.matching import Goal, goal_of, match_widths
 from knport.surgery.plan import ALREADY, KEPT, FinalNorm, Plan, Verdict, structure_of
 from knport.surgery.read import read_all
 from knport.surgery.sites import blocked_sites, find_sites
 from knport.surgery.verdicts import verdicts
+from knport.surgery.widths_text import with_widths
 
 __all__ = ["KNConfig", "Plan", "Verdict", "convert", "plan"]
 
@@ -32,6 +35,8 @@ def plan(
     exclude: Any = None,
     example_inputs: Any = None,
     match_params: Any = None,
+    match_macs: Any = None,
+    strategy: str = "width",
 ) -> Plan:
     """What `convert` would do to `model`: one verdict and reason for every norm and every convolution.
 
@@ -43,7 +48,8 @@ def plan(
         >>> model = plan.apply(timm.create_model("resnet50", pretrained=True))
     """
     config = KNConfig() if config is None else config
-    _check_arguments(config, match_params)
+    _check_arguments(config)
+    goal = goal_of(match_params, match_macs, strategy)
     refuse_wrapped(model)
     sites = find_sites(model)
     if "" in sites:
@@ -56,7 +62,7 @@ def plan(
     removed = {i for path in found.absorbed for i in graph.calls[path]}
     places, notes = missing_norms(graph, found.calls(graph)) if config.final_norm else ([], [])
     rows = verdicts(graph, sites, blocked, found, config)
-    return Plan(
+    made = Plan(
         model=type(model).__name__,
         config=config,
         verdicts=rows,
@@ -70,6 +76,7 @@ def plan(
         include=texts(include, "include"),
         exclude=texts(exclude, "exclude"),
     )
+    return made if goal is None else _resized(model, made, goal, example_inputs)
 
 
 def convert(
@@ -80,6 +87,8 @@ def convert(
     exclude: Any = None,
     example_inputs: Any = None,
     match_params: Any = None,
+    match_macs: Any = None,
+    strategy: str = "width",
     inplace: bool = False,
 ) -> nn.Module:
     """A copy of `model` with kernel normalization in the place of its normalization layers.
@@ -98,7 +107,12 @@ def convert(
         exclude: norms and convolutions to leave alone, likewise.
         example_inputs: what the model's forward takes, to read it with: a tensor, a tuple of arguments or a dict of
             keyword arguments. Default: zeros of the size that the model states, else (2, channels, 224, 224).
-        match_params: not offered yet.
+        match_params: resize the converted network until it has the parameters of `model` ("model") or a number of them,
+            within 0.5 % (1 % where channels come in groups). All widths are multiplied by one factor, then rounded.
+            Resized layers keep the first channels of their weights, scaled to the new fan-in: what a trained network
+            knew is lost. The output keeps its size.
+        match_macs: the same for multiply-accumulates per image.
+        strategy: "width" resizes all widths, "inner" only those that no residual sum, concatenation or classifier sees.
         inplace: change `model` itself; an optimizer that was made before knows nothing of the new parameters.
 
     Returns:
@@ -121,6 +135,8 @@ def convert(
         exclude=exclude,
         example_inputs=example_inputs,
         match_params=match_params,
+        match_macs=match_macs,
+        strategy=strategy,
     )
     if made.changes:
         return made.apply(model, inplace=inplace)
@@ -130,14 +146,20 @@ def convert(
     return model if inplace else copy_model(model)
 
 
-def _check_arguments(config: KNConfig, match_params: Any) -> None:
+def _check_arguments(config: KNConfig) -> None:
     if not isinstance(config, KNConfig):
         raise KNPortError(f"config={config!r}; expected a knport.KNConfig")
-    if match_params is not None:
-        raise KNPortError(
-            f"match_params={match_params!r} is not offered yet; KNConfig(enlarge='none') or 'window' keeps the "
-            "parameter count"
-        )
+
+
+def _resized(model: nn.Module, made: Plan, goal: Goal, example_inputs: Any) -> Plan:
+    resizing = match_widths(model, made, goal, example_inputs)
+    after = resizing.counts[2] if goal.quantity == "parameters" else made.parameters[1]
+    return dataclasses.replace(
+        made,
+        verdicts=with_widths(made.verdicts, resizing),
+        parameters=(made.parameters[0], after),
+        resizing=resizing,
+    )
 
 
 def _batch_note(rows: tuple[Verdict, ...]) -> list[str]:

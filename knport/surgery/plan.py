@@ -14,6 +14,7 @@ from knport.surgery import table
 from knport.surgery.config import KNConfig
 from knport.surgery.guard import refuse_wrapped
 from knport.surgery.record import remember
+from knport.surgery.resizing import Resizing, resize
 from knport.surgery.swap import swap
 
 ABSORBED, KERNEL_NORM, KN_CONV, KN_LINEAR = "absorbed", "KernelNorm", "KNConv", "KNLinear"
@@ -93,6 +94,7 @@ class Plan:
         structure: (path, description) of every module, to recognise the model again.
         include: the filters that chose the norms, as text; None when there were none.
         exclude: likewise, of what was left alone.
+        resizing: the widths that change so that the network counts what was asked for; None when nothing was asked.
     """
 
     model: str
@@ -107,11 +109,13 @@ class Plan:
     structure: tuple[tuple[str, str], ...] = field(repr=False)
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
+    resizing: Resizing | None = None
 
     @property
     def changes(self) -> bool:
-        """Whether anything would be replaced."""
-        return any(verdict.changes for verdict in self.verdicts)
+        """Whether anything would be replaced or resized."""
+        resized = self.resizing is not None and bool(self.resizing.changes)
+        return resized or any(verdict.changes for verdict in self.verdicts)
 
     def count(self, kind: str) -> Counter[str]:
         """How many norms ("norm"), convolutions ("conv") or linear layers ("linear") have which verdict."""
@@ -130,7 +134,8 @@ class Plan:
         """
         refuse_wrapped(model)
         check_structure(self.model, self.structure, model)
-        return remember(swap(model, self, inplace=inplace), self)
+        model = swap(model, self, inplace=inplace)
+        return remember(model if self.resizing is None else resize(model, self.resizing), self)
 
     def to_json(self) -> str:
         """The plan as a versioned JSON object, without the structure that it is checked against."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from knport.surgery.widths_text import width_summary, width_table
+
 if TYPE_CHECKING:
     from knport.surgery.plan import Plan
 
@@ -47,6 +49,7 @@ def summary(plan: Plan) -> list[str]:
         why = "one pixel has no neighbourhood to take statistics of"
         lines.append(f"  1x1 kernels   {enlarged} enlarged to {plan.config.enlarge}: {why}")
     lines.append(f"  parameters    {before:,} -> {after:,}" + (f" (x{after / before:.2f})" if before else ""))
+    lines += width_summary(plan.resizing)
     lines += [
         f"  added         KernelNorm (dropout {f.dropout:g}) in front of {f.path}, {f.before}" for f in plan.final_norms
     ]
@@ -76,7 +79,7 @@ def plain(plan: Plan) -> str:
     lines = [HEADINGS, *rows(plan)]
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     table = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]]) for line in lines]
-    return "\n".join([*summary(plan), "", *table])
+    return "\n".join([*summary(plan), "", *table, *width_table(plan.resizing)])
 
 
 def rich(plan: Plan):
@@ -88,4 +91,4 @@ def rich(plan: Plan):
     table = Table(*HEADINGS)
     for path, layer, verdict, reason in rows(plan):
         table.add_row(Text(path), Text(layer), Text(verdict, style=COLOURS[verdict]), Text(reason))
-    return Group(Text("\n".join(summary(plan))), table)
+    return Group(Text("\n".join(summary(plan))), table, Text("\n".join(width_table(plan.resizing))))
