@@ -157,7 +157,7 @@ def test_kn_conv_is_its_definition(geometry, form):
 @pytest.mark.parametrize("geometry", ["even kernel, one side padded", "strided, even window"])
 @pytest.mark.parametrize("form", ["shared", "moments"])  # units of 20 entries draw a mask for both
 def test_kn_conv_under_one_mask(geometry, form, monkeypatch):
-    """As the plain operators with the same mask; the definition draws one for the padding too, so that none is equal."""
+    """As the plain operators with the same mask; the definition draws one for the padding too."""
     from knport.functional import fused
 
     monkeypatch.setattr(dispatch, "WISH", "eager")
@@ -286,7 +286,7 @@ def test_an_unknown_activation_is_named():
     from knport.functional import fused
 
     inputs, settings = make("plain")
-    with pytest.raises(ValueError, match="tanh.*relu"):
+    with pytest.raises(ValueError, match=r"tanh.*relu"):
         fused.kn_conv(*inputs, **settings, activation="tanh")
 
 

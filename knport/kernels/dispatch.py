@@ -25,8 +25,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What Triton itself reads: its kernels then run in Python, on CPU tensors.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Offsets of pixels and units are 32-bit integers in the kernels, those of elements 64-bit.
-_MOST_PIXELS = 2**31 - 1
+# Offsets into the units' six rows of statistics are 32-bit integers in the kernels (those into x are 64-bit).
+_MOST_PIXELS = 2**28
 
 
 class Backend(NamedTuple):
@@ -100,5 +100,5 @@ def _unsuited(x: Tensor) -> str | None:
     if x.numel() == 0:
         return "the input is empty"
     if x.numel() // x.shape[1] > _MOST_PIXELS:
-        return "more than 2^31 pixels"
+        return f"more than {_MOST_PIXELS} pixels"
     return None
