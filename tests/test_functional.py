@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from knport import functional
 from knport.errors import KNPortError
+from knport.functional.statistics import unit_statistics
+from knport.kernels import Draw
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -214,7 +216,7 @@ def test_every_dropout_form_has_the_moments_of_eq_1(form, p):
     assert expected[1].item() == pytest.approx(var.mean().item(), rel=0.003)
 
 
-@pytest.mark.parametrize("form", ["shared", "unit", "moments"])
+@pytest.mark.parametrize("form", ["shared", "unit"])
 def test_dropout_has_the_gradient_of_what_was_drawn(form):
     x = torch.randn(1, 9, 4, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 9, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -224,6 +226,27 @@ def test_dropout_has_the_gradient_of_what_was_drawn(form):
         return functional.kn_conv(x, weight, padding=1, dropout=0.2, dropout_form=form)
 
     assert torch.autograd.gradcheck(drawn, (x, weight))
+
+
+def test_a_draw_is_constant_to_the_gradient_and_free_of_scale():
+    """mu' - mu and m_2' in units of sqrt(m_2) and m_2 are constants: the gradient is that of the rest."""
+    x = torch.randn(1, 9, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 9, 3, 3, dtype=torch.float64, requires_grad=True)
+    where = ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    shift, other = 0.05 * torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)
+    drawn = Draw(shift, 1.2 + other)
+
+    def layer(x, weight):
+        statistics = unit_statistics(x, *where, dropout=0.2, drawn=drawn)
+        return functional.kn_conv(x, weight, padding=1, statistics=statistics, eps=1e-30)
+
+    assert torch.autograd.gradcheck(layer, (x, weight))
+    assert torch.allclose(layer(x, weight), layer(1000 * x, weight))
+    torch.manual_seed(0)
+    one = unit_statistics(x, *where, dropout=0.2)
+    torch.manual_seed(0)
+    scaled = unit_statistics(1000 * x, *where, dropout=0.2)
+    assert torch.allclose(1000 * one.mean, scaled.mean) and torch.allclose(1e6 * one.var, scaled.var)
 
 
 def test_gradcheck_and_double_backward():

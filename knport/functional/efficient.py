@@ -17,9 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knport.functional.geometry import Pairs, ntuple, pad, padding_pairs, window_pairs
-from knport.functional.statistics import UnitStatistics, full_precision, unit_mean, unit_statistics
-from knport.kernels import normalize_units, reciprocal_sd
+from knport import kernels
+from knport.functional.geometry import Box, Pairs, ntuple, output_size, pad, padding_pairs, window_pairs
+from knport.functional.statistics import (
+    SMALLEST_GAUSSIAN_UNIT,
+    UnitStatistics,
+    full_precision,
+    unit_mean,
+    unit_statistics,
+)
+from knport.kernels import Draw, UnitConv, fused_kn_conv, normalize_units, reciprocal_sd
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -102,18 +109,12 @@ def kn_conv(
     kernel_size = tuple(weight.shape[2:])
     stride, dilation = ntuple(stride, ndim, "stride"), ntuple(dilation, ndim, "dilation")
     pairs = padding_pairs(padding, kernel_size, stride, dilation)
-    if statistics is None:
-        how = {"dropout": dropout, "dropout_form": dropout_form, "padding_mode": padding_mode}
-        statistics = kn_conv_statistics(x, kernel_size, stride, pairs, dilation, norm_window=norm_window, **how)
-    mean, var, own_mean = statistics
-    convolved, used_sum, exact_sum = _convolve(x, weight, stride, pairs, dilation, groups, padding_mode)
-    # What there is to subtract, as maps times vectors. Sums of float32 weights centred in float32 are rounding.
-    parts = [(own_mean, used_sum)] if used_sum is not None else []
-    if mean is not own_mean:
-        parts.append((mean - own_mean, exact_sum))
-    offset = torch.cat([part[0] for part in parts], 1) if parts else None
-    vectors = torch.stack([part[1] for part in parts]) if parts else None
-    return normalize_units(convolved, own_mean, var, offset, vectors, bias, eps, _compute_dtype(x))
+    kernel = Box(kernel_size, stride, pairs, dilation)
+    output_size(x.shape[2:], *kernel)  # raises where the kernel does not fit
+    how = UnitConv(kernel, _window(kernel, norm_window), groups, eps, dropout, dropout_form, padding_mode)
+    if statistics is None and _fusible(x, weight, bias, how):
+        return fused_kn_conv(x, weight, bias, how, _formula)
+    return _formula(x, weight, bias, how, statistics)
 
 
 def kn_conv_statistics(
@@ -135,16 +136,58 @@ def kn_conv_statistics(
     ndim = x.dim() - 2
     kernel_size = ntuple(kernel_size, ndim, "kernel_size")
     stride, dilation = ntuple(stride, ndim, "stride"), ntuple(dilation, ndim, "dilation")
-    pairs = padding_pairs(padding, kernel_size, stride, dilation)
-    how = {"dropout": dropout, "dropout_form": dropout_form, "padding_mode": padding_mode}
+    kernel = Box(kernel_size, stride, padding_pairs(padding, kernel_size, stride, dilation), dilation)
+    how = UnitConv(kernel, _window(kernel, norm_window), 1, 0.0, dropout, dropout_form, padding_mode)
+    return _statistics(x, how)
+
+
+def _window(kernel: Box, norm_window) -> Box:
+    """The units that the statistics are taken of."""
     if norm_window is None:
-        return unit_statistics(x, kernel_size, stride, pairs, dilation, **how)
-    window = ntuple(norm_window, ndim, "norm_window")
-    statistics = unit_statistics(
-        x, window, stride, window_pairs(pairs, kernel_size, dilation, window), (1,) * ndim, **how
+        return kernel
+    ndim = len(kernel.kernel_size)
+    size = ntuple(norm_window, ndim, "norm_window")
+    padding = window_pairs(kernel.padding, kernel.kernel_size, kernel.dilation, size)
+    return Box(size, kernel.stride, padding, (1,) * ndim)
+
+
+def _fusible(x: Tensor, weight: Tensor, bias: Tensor | None, how: UnitConv) -> bool:
+    """Whether the fused form has these units' dropout and these tensors; masks and other paddings it has not."""
+    n = x.shape[1] * how.window.places
+    drawn = how.dropout_form == "moments" and n >= SMALLEST_GAUSSIAN_UNIT
+    return (
+        (not how.dropout or how.dropout_form == "expected" or drawn)
+        and how.padding_mode == "zeros"
+        and kernels.takes(x, weight, bias)
     )
-    own_mean = unit_mean(x, kernel_size, stride, pairs, dilation, padding_mode=padding_mode)
-    return statistics._replace(full_mean=own_mean)
+
+
+def _statistics(x: Tensor, how: UnitConv, drawn: Draw | None = None) -> UnitStatistics:
+    dropout = {"dropout": how.dropout, "dropout_form": how.dropout_form, "drawn": drawn}
+    statistics = unit_statistics(x, *how.window, padding_mode=how.padding_mode, **dropout)
+    if how.window == how.kernel:
+        return statistics
+    return statistics._replace(full_mean=unit_mean(x, *how.kernel, padding_mode=how.padding_mode))
+
+
+def _formula(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    how: UnitConv,
+    statistics: UnitStatistics | None = None,
+    drawn: Draw | None = None,
+) -> Tensor:
+    """`kn_conv` by operators that any transform and any compiler takes."""
+    mean, var, own_mean = _statistics(x, how, drawn) if statistics is None else statistics
+    convolved, used_sum, exact_sum = _convolve(x, weight, how)
+    # What there is to subtract, as maps times vectors. Sums of float32 weights centred in float32 are rounding.
+    parts = [(own_mean, used_sum)] if used_sum is not None else []
+    if mean is not own_mean:
+        parts.append((mean - own_mean, exact_sum))
+    offset = torch.cat([part[0] for part in parts], 1) if parts else None
+    vectors = torch.stack([part[1] for part in parts]) if parts else None
+    return normalize_units(convolved, own_mean, var, offset, vectors, bias, how.eps, _compute_dtype(x))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -153,23 +196,25 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-def _convolve(x, weight, stride, pairs, dilation, groups, padding_mode) -> tuple[Tensor, Tensor | None, Tensor]:
+def _convolve(x: Tensor, weight: Tensor, how: UnitConv) -> tuple[Tensor, Tensor | None, Tensor]:
     """The plain convolution, the sum of each filter that it used (None where that is 0) and of each filter as given.
 
     Sums are (C_out,) in float32 or better.
     """
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     exact_sum = exact.flatten(1).sum(1)
-    if groups > 1:
+    _, stride, pairs, dilation = how.kernel
+    where = (stride, pairs, dilation, how.groups, how.padding_mode)
+    if how.groups > 1:
         # A group's mean is not the unit's, so its filters cannot be centred: U * W and mu sum(W) may both be large,
         # and only full precision tells them apart.
         with full_precision(x):
             x = x.to(exact.dtype)
-            return _padded_convolution(x, exact, stride, pairs, dilation, groups, padding_mode), exact_sum, exact_sum
+            return _padded_convolution(x, exact, *where), exact_sum, exact_sum
     centred = exact - exact.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
     used = centred.to(_compute_dtype(x))
     used_sum = None if used.dtype == exact.dtype else used.to(exact.dtype).flatten(1).sum(1)
-    return _padded_convolution(x, used, stride, pairs, dilation, groups, padding_mode), used_sum, exact_sum
+    return _padded_convolution(x, used, *where), used_sum, exact_sum
 
 
 def _padded_convolution(x, weight, stride, pairs: Pairs, dilation, groups, padding_mode) -> Tensor:

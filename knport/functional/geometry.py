@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,3 +87,45 @@ def output_size(size: Sequence[int], kernel_size, stride, pairs: Pairs, dilation
             f"(dilation {tuple(dilation)}); use a larger input, more padding or a smaller kernel"
         )
     return tuple(sizes)
+
+
+class Box(NamedTuple):
+    """Where units lie, one entry per spatial dimension, and the mean over the spatial part of each."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Pairs
+    dilation: tuple[int, ...]
+
+    @property
+    def places(self) -> int:
+        """Pixels of a unit."""
+        return math.prod(self.kernel_size)
+
+    def mean(self, maps: Tensor) -> Tensor:
+        """(N, R, H, W) -> (N, R, O, P), one dimension after the other: (k_h - 1) + (k_w - 1) sums of maps."""
+        maps = pad(maps, self.padding)
+        for dim, (k, s, d) in enumerate(zip(self.kernel_size, self.stride, self.dilation, strict=True), 2):
+            reach = maps.shape[dim] - d * (k - 1)
+            total = maps.narrow(dim, 0, reach)
+            for i in range(1, k):
+                total = total + maps.narrow(dim, i * d, reach)
+            maps = total if s == 1 else _every(total, dim, 0, total.shape[dim], s)
+        return maps / self.places
+
+    def mean_backward(self, grad: Tensor, size: Sequence[int]) -> Tensor:
+        """(N, R, O, P) -> (N, R, H, W), the transpose of `mean`. size: (H, W)."""
+        grad = grad / self.places
+        for dim in range(grad.dim() - 1, 1, -1):
+            k, s, d = self.kernel_size[dim - 2], self.stride[dim - 2], self.dilation[dim - 2]
+            shape = list(grad.shape)
+            shape[dim] = size[dim - 2] + sum(self.padding[dim - 2])
+            spread = grad.new_zeros(shape)
+            for i in range(k):
+                _every(spread, dim, i * d, (grad.shape[dim] - 1) * s + 1, s).add_(grad)
+            grad = spread
+        return pad(grad, tuple((-before, -after) for before, after in self.padding))
+
+
+def _every(maps: Tensor, dim: int, start: int, length: int, step: int) -> Tensor:
+    return maps[(slice(None),) * dim + (slice(start, start + length, step),)]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from knport.errors import UnknownName
 from knport.functional.geometry import Pairs, output_size, pad
-from knport.kernels import channel_moments, draw_statistics
+from knport.kernels import Draw, channel_moments, draw, drawn_statistics, higher_moments
 
 DROPOUT_FORMS = ("shared", "unit", "moments", "expected")
 
@@ -66,6 +66,7 @@ def unit_statistics(
     dropout: float = 0.0,
     dropout_form: str = "moments",
     padding_mode: str = "zeros",
+    drawn: Draw | None = None,
 ) -> UnitStatistics:
     """Mean and biased variance of every unit.
 
@@ -76,6 +77,7 @@ def unit_statistics(
         dropout: probability p with which an entry is left out of the statistics.
         dropout_form: how, see the module's docstring. Units of fewer than 64 entries draw masks for "moments" too.
         padding_mode: as in `torch.nn.Conv2d`.
+        drawn: what "moments" drew before, to use it again.
     """
     if dropout_form not in DROPOUT_FORMS:
         raise UnknownName("dropout_form", dropout_form, DROPOUT_FORMS)
@@ -85,19 +87,19 @@ def unit_statistics(
         dropout_form = "shared"
     gaussian = dropout > 0 and dropout_form == "moments"
     with full_precision(x):
-        maps = channel_moments(x, 4 if gaussian else 2)
-        mean, var = _combine(maps[:, :2], box)
+        mean, var = _combine(channel_moments(x), box)
         if not dropout:
             return UnitStatistics(mean, var, mean)
         if dropout_form == "expected":
             var = (var * (1 - dropout / n) + mean.square() * (dropout * (1 - 1 / n))) / (1 - dropout)
             return UnitStatistics(mean, var, mean)
         if gaussian:
-            third, fourth = box(box.pad(maps[:, 2:])).split(1, 1)
-            noise = torch.randn_like(mean), torch.randn_like(mean)
-            return UnitStatistics(*draw_statistics(mean, var, third, fourth, *noise, dropout, n), mean)
+            if drawn is None:
+                third, fourth = box(box.pad(higher_moments(x))).split(1, 1)
+                drawn = draw(torch.addcmul(var, mean, mean), third, fourth, dropout, n)
+            return UnitStatistics(*drawn_statistics(mean, var, drawn), mean)
         if dropout_form == "shared":
-            dropped, dropped_var = _combine(channel_moments(F.dropout(x, dropout), 2), box)
+            dropped, dropped_var = _combine(channel_moments(F.dropout(x, dropout)), box)
         else:
             dropped, dropped_var = _unit_masks(x, box, dropout)
         # Dropout may leave a flat unit untouched but for its scale: var' = 0 beside a shifted mean, a quotient in the

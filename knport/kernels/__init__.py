@@ -5,6 +5,27 @@ shifts the convolution's output. Left to autograd, every step of the arithmetic 
 convolution's output and one-channel maps are all that is kept: the full-size tensors of convolution and BatchNorm.
 """
 
-from knport.kernels.eager import channel_moments, draw_statistics, normalize_units, reciprocal_sd
+from knport.kernels.cpu import takes
+from knport.kernels.eager import (
+    Draw,
+    channel_moments,
+    draw,
+    drawn_statistics,
+    higher_moments,
+    normalize_units,
+    reciprocal_sd,
+)
+from knport.kernels.fused import UnitConv, fused_kn_conv
 
-__all__ = ["channel_moments", "draw_statistics", "normalize_units", "reciprocal_sd"]
+__all__ = [
+    "Draw",
+    "UnitConv",
+    "channel_moments",
+    "draw",
+    "drawn_statistics",
+    "fused_kn_conv",
+    "higher_moments",
+    "normalize_units",
+    "reciprocal_sd",
+    "takes",
+]

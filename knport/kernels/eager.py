@@ -5,119 +5,106 @@ Legend: N images, C channels, H x W the input's map, O x P the units, R rank of 
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from knport.kernels import cpu
 
-def channel_moments(x: Tensor, order: int) -> Tensor:
-    """Per pixel over the channels: the mean, the variance and, for order 4, the third and fourth raw moments.
+
+class Draw(NamedTuple):
+    """What dropout does to the units' statistics, each (N, 1, O, P): mu' = mu + shift sqrt(m_2), m_2' = scale m_2.
+
+    Both are free of units of measurement, so that scaling the input scales the drawn statistics alike, and both are
+    constants to the backward pass: the gradient reaches mu' and m_2' through mu and m_2.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+
+def channel_moments(x: Tensor) -> Tensor:
+    """Mean and variance over the channels of every pixel.
 
     Args:
         x: (N, C, H, W), or one or three spatial dimensions.
-        order: 2 or 4.
 
     Returns:
-        (N, order, H, W) in float32 or better.
+        (N, 2, H, W) in float32 or better.
     """
-    return _ChannelMoments.apply(x, order)
+    return _ChannelMoments.apply(x)
+
+
+def higher_moments(x: Tensor) -> Tensor:
+    """Third and fourth raw moments over the channels of every pixel, (N, 2, H, W); no gradient."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    square = x * x
+    return torch.cat([(square * x).mean(1, keepdim=True), square.square().mean(1, keepdim=True)], 1)
 
 
 class _ChannelMoments(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, order):
+    def forward(x):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = x.mean(1, keepdim=True)
         deviation = x - mean
-        maps = [mean, deviation.mul_(deviation).mean(1, keepdim=True)]
-        if order == 4:
-            square = x * x
-            maps += [(square * x).mean(1, keepdim=True), square.mul_(square).mean(1, keepdim=True)]
-        return torch.cat(maps, 1)
+        return torch.cat([mean, deviation.mul_(deviation).mean(1, keepdim=True)], 1)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.order = inputs
-        ctx.save_for_backward(x, output)
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx, grad):
         x, maps = ctx.saved_tensors
         grad = grad / x.shape[1]
-        slope = 2 * grad[:, 1:2]
+        slope = 2 * grad[:, 1:]
         constant = grad[:, :1] - slope * maps[:, :1]
-        wide = x.to(grad.dtype)
-        if ctx.order == 4:  # Horner: constant + x (slope + x (3 g_3 + x 4 g_4))
-            inner = torch.addcmul(3 * grad[:, 2:3], 4 * grad[:, 3:], wide)
-            slope = torch.addcmul(slope, inner, wide)
-        return torch.addcmul(constant, slope, wide).to(x.dtype), None
+        return (x.to(grad.dtype) * slope + constant).to(x.dtype)
 
 
-def draw_statistics(
-    mean: Tensor, var: Tensor, third: Tensor, fourth: Tensor, noise: Tensor, other: Tensor, p: float, n: int
-) -> tuple[Tensor, Tensor]:
-    """Draw (mu', var') of units under dropout from two standard normal numbers per unit.
+def draw(second: Tensor, third: Tensor, fourth: Tensor, p: float, n: int) -> Draw:
+    """Draw the statistics of units under dropout from two standard normal numbers per unit.
 
     With m_j the unit's j-th raw moment and q = p / ((1 - p) n), the Gaussian has
 
         E[mu'] = m_1,  E[m_2'] = m_2 / (1 - p),
         Var[mu'] = q m_2,  Var[m_2'] = q m_4 / (1 - p)^2,  Cov[mu', m_2'] = q m_3 / (1 - p)
 
-    and var' = m_2' - mu'^2, but at least (mu' - mu)^2: the shift that dropout causes is at most one SD.
-
     Args:
-        mean, var, third, fourth: m_1, m_2 - m_1^2, m_3 and m_4, each (N, 1, O, P).
-        noise, other: standard normal, (N, 1, O, P).
+        second, third, fourth: m_2, m_3 and m_4, each (N, 1, O, P).
         p: dropout probability.
         n: entries of a unit.
     """
-    return _DrawStatistics.apply(mean, var, third, fourth, noise, other, p, n)[:2]
+    second, third, fourth = second.detach(), third.detach(), fourth.detach()
+    keep, q = 1 - p, p / ((1 - p) * n)
+    # Drawn in float32 whatever the maps are in, so that every form of the layer draws the same from the same seed.
+    shift, other = torch.randn(2, *second.shape, device=second.device).mul(math.sqrt(q)).to(second.dtype)
+    per_second = second.clamp_min(torch.finfo(second.dtype).tiny).reciprocal()
+    slope = third * per_second  # of m_2' against mu'
+    rest = torch.addcmul(fourth, slope, third, value=-1).clamp_min(0).sqrt() * other * per_second
+    return Draw(shift, (1 + slope * per_second.sqrt() * shift + rest) / keep)
 
 
-class _DrawStatistics(Function):
-    """Returns mu', var', and of their making: mu' - mu (shift), the part of m_2' that is independent of mu' (rest)."""
+def drawn_statistics(mean: Tensor, var: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:
+    """mu' and var' = m_2' - mu'^2, but at least (mu' - mu)^2: the shift that dropout causes is at most one SD.
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(mean, var, third, fourth, noise, other, p, n):
-        keep, q = 1 - p, p / ((1 - p) * n)
-        second = torch.addcmul(var, mean, mean)
-        # third / second, which is at most fourth / third, and 0 for a unit of zeros, which stays one
-        skew = third / second.clamp_min(torch.finfo(var.dtype).tiny)
-        shift = (q * second).sqrt() * noise
-        rest = (q * torch.addcmul(fourth, skew, third, value=-1)).clamp_min(0).sqrt() * other / keep
-        drawn = torch.addcmul(var, mean, mean, value=p) / keep + rest  # nothing large cancels in what follows
-        drawn = torch.addcmul(drawn, skew / keep - 2 * mean - shift, shift)
-        return mean + shift, torch.maximum(drawn, shift * shift), shift, rest
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        mean, var, third, fourth, _, _, ctx.p, ctx.n = inputs
-        ctx.save_for_backward(mean, var, third, fourth, *output[1:])
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_var, grad_shift, grad_rest):
-        mean, var, third, fourth, drawn, shift, rest = ctx.saved_tensors
-        p, keep, q = ctx.p, 1 - ctx.p, ctx.p / ((1 - ctx.p) * ctx.n)
-        tiny = torch.finfo(var.dtype).tiny
-        second = torch.addcmul(var, mean, mean).clamp_min(tiny)
-        skew = third / second
-        bounded = drawn <= shift * shift
-        grad_shift = grad_shift + grad_mean + 2 * grad_var * shift * bounded
-        grad_var = grad_var.masked_fill(bounded, 0)
-        grad_shift = grad_shift + grad_var * (skew / keep - 2 * (mean + shift))
-        spread = q * torch.addcmul(fourth, skew, third, value=-1)
-        inner = (grad_rest + grad_var) * rest * (0.5 * q) / spread.clamp_min(tiny)
-        grad_skew = grad_var * shift / keep - inner * third
-        grad_third = grad_skew / second - inner * skew
-        grad_second = 0.5 * grad_shift * shift / second - grad_skew * skew / second
-        grad_plain = grad_var / keep + grad_second
-        along_mean = grad_second + grad_var * (p / keep)
-        grad_first = grad_mean - 2 * grad_var * shift + 2 * mean * along_mean
-        return grad_first, grad_plain, grad_third, inner, None, None, None, None
+    Args:
+        mean, var: of the whole units, (N, 1, O, P).
+        drawn: of the same shape.
+    """
+    second = torch.addcmul(var, mean, mean)
+    drawn = Draw(drawn.shift.to(mean.dtype), drawn.scale.to(mean.dtype))
+    some = second > torch.finfo(second.dtype).tiny
+    shift = torch.where(some, torch.where(some, second, 1.0).sqrt() * drawn.shift, 0.0)
+    # m_2' - mu'^2, sorted so that nothing large cancels
+    dropped = drawn.scale * var + (drawn.scale - 1) * mean.square() - (2 * mean + shift) * shift
+    return mean + shift, torch.maximum(dropped, shift.square())
 
 
 def normalize_units(
@@ -149,9 +136,9 @@ def normalize_units(
 
 def reciprocal_sd(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """1 / sqrt(var + eps), and 0 for units that are constant up to rounding: of their mean, or of values near 1."""
-    precision = torch.finfo(var.dtype).eps
-    rounding = (8 * precision * (mean.detach().abs() + 1)).square()
-    return (var + eps).rsqrt() * (var / (var + rounding)).detach()
+    mean, known = mean.detach(), var.detach()
+    rounding = 2 * (8 * torch.finfo(var.dtype).eps) ** 2  # times 1 + mean^2
+    return (var + eps).rsqrt() * (known / torch.addcmul(known + rounding, mean, mean, value=rounding))
 
 
 def _channels(vector: Tensor, ndim: int) -> Tensor:
@@ -163,13 +150,15 @@ class _NormalizeUnits(Function):
 
     @staticmethod
     def forward(convolved, mean, var, offset, vectors, bias, eps, dtype):
-        ndim = convolved.dim() - 2
         rstd = reciprocal_sd(mean, var, eps)
-        scaled = convolved.to(var.dtype) * rstd if bias is None else _biased(convolved, rstd, bias, ndim)
+        if dtype == torch.float32 and cpu.takes(convolved, rstd, offset, vectors, bias):
+            return cpu.scale_and_shift(convolved, rstd, offset, vectors, bias)
+        ndim = convolved.dim() - 2
+        scaled = convolved.to(var.dtype) * rstd
         for r in range(0 if offset is None else offset.shape[1]):
-            scaled = torch.addcmul(
-                scaled, offset[:, r : r + 1] * rstd, _channels(vectors[r], ndim).to(var.dtype), value=-1
-            )
+            scaled = scaled - offset[:, r : r + 1] * rstd * _channels(vectors[r], ndim).to(var.dtype)
+        if bias is not None:
+            scaled = scaled + _channels(bias, ndim).to(var.dtype)
         # not `.to` where there is nothing to do: compiled by torch 2.11, a returned alias loses all gradients
         return scaled if scaled.dtype == dtype else scaled.to(dtype)
 
@@ -182,25 +171,29 @@ class _NormalizeUnits(Function):
     @staticmethod
     def backward(ctx, grad):
         convolved, mean, var, offset, vectors = ctx.saved_tensors
-        ndim = grad.dim() - 2
-        grad = grad.to(var.dtype)
         rstd = reciprocal_sd(mean, var, ctx.eps)
-        over_units = (0, *range(2, grad.dim()))
-        grad_bias = None if ctx.bias_dtype is None else grad.sum(over_units).to(ctx.bias_dtype)
-        grad_rstd = (grad * convolved).sum(1, keepdim=True)
-        grad_convolved = grad * rstd
-        grad_offset = grad_vectors = None
-        if offset is not None:
-            wide = vectors.to(var.dtype)
-            along = [(grad * _channels(vector, ndim)).sum(1, keepdim=True) for vector in wide]
-            along = torch.cat(along, 1)  # (N, R, O, P)
-            grad_rstd = grad_rstd - (offset * along).sum(1, keepdim=True)
-            grad_offset = -rstd * along
-            each = [-(grad_convolved * offset[:, r : r + 1]).sum(over_units) for r in range(len(wide))]
-            grad_vectors = torch.stack(each).to(vectors.dtype)
+        fast = not torch.is_grad_enabled() and cpu.takes(grad, convolved, rstd, offset, vectors)
+        by = cpu.scale_and_shift_backward if fast else _normalize_backward
+        grads = by(grad, convolved, rstd, offset, vectors, ctx.bias_dtype is not None)
+        grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = grads
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.bias_dtype)
         grad_var = grad_rstd * (-0.5 * rstd.pow(3))
-        return grad_convolved.to(convolved.dtype), None, grad_var, grad_offset, grad_vectors, grad_bias, None, None
+        return grad_convolved, None, grad_var, grad_offset, grad_vectors, grad_bias, None, None
 
 
-def _biased(convolved: Tensor, rstd: Tensor, bias: Tensor, ndim: int) -> Tensor:
-    return torch.addcmul(_channels(bias, ndim).to(rstd.dtype), convolved.to(rstd.dtype), rstd)
+def _normalize_backward(grad, convolved, rstd, offset, vectors, has_bias: bool):
+    """As `cpu.scale_and_shift_backward`, differentiable."""
+    grad = grad.to(rstd.dtype)
+    over_units = (0, *range(2, grad.dim()))
+    grad_bias = grad.sum(over_units) if has_bias else None
+    grad_rstd = (grad * convolved).sum(1, keepdim=True)
+    scaled = grad * rstd
+    grad_convolved = scaled.to(convolved.dtype)
+    if offset is None:
+        return grad_convolved, grad_rstd, None, None, grad_bias
+    wide = [_channels(vector, grad.dim() - 2) for vector in vectors.to(rstd.dtype)]
+    along = torch.cat([(grad * vector).sum(1, keepdim=True) for vector in wide], 1)  # (N, R, O, P)
+    each = [-(scaled * offset[:, r : r + 1]).sum(over_units) for r in range(len(wide))]
+    grad_rstd = grad_rstd - (offset * along).sum(1, keepdim=True)
+    return grad_convolved, grad_rstd, -rstd * along, torch.stack(each).to(vectors.dtype), grad_bias
