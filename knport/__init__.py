@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         UnmatchedPattern,
         UnsupportedModule,
     )
+    from knport.folder import load, save
     from knport.layers import (
         KernelNorm1d,
         KernelNorm2d,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
         NormalizedConv2d,
         PositionalNorm,
     )
+    from knport.model_check import check
+    from knport.model_summary import summary
     from knport.surgery import KNConfig, convert, plan
     from knport.surgery.replace import plan_norm, replace_norm
 
@@ -40,8 +43,11 @@ if TYPE_CHECKING:
 _NAMES = {
     "knport": "errors functional kernels layers privacy surgery",
     "knport.errors": "AlreadyWrapped KNPortError NothingToConvert UnknownName UnmatchedPattern UnsupportedModule",
+    "knport.folder": "load save",
     "knport.layers": "KNConv1d KNConv2d KNConv3d KNLinear KernelNorm1d KernelNorm2d KernelNorm3d "
     "LocalContextNorm NormalizedConv2d PositionalNorm",
+    "knport.model_check": "check",
+    "knport.model_summary": "summary",
     "knport.surgery": "KNConfig convert plan",
     "knport.surgery.replace": "plan_norm replace_norm",
 }
@@ -65,14 +71,18 @@ __all__ = [
     "UnknownName",
     "UnmatchedPattern",
     "UnsupportedModule",
+    "check",
     "convert",
     "errors",
     "functional",
     "layers",
+    "load",
     "plan",
     "plan_norm",
     "privacy",
     "replace_norm",
+    "save",
+    "summary",
     "surgery",
 ]
 
