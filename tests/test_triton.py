@@ -134,6 +134,36 @@ def test_every_kernel_compiles(dtype, tmp_path):
     assert compiled == {name for name in _jitted(source) if name.endswith("_kernel")}
 
 
+# What each kernel writes, in the order of a forward and a backward pass of KNConv (with activation and residual) and
+# KernelNorm. A kernel that seemed to write its inputs would have the compiler copy them.
+TRACED = """\
+_moments_kernel maps_ptr
+_units_kernel rows_ptr
+_epilogue_kernel y_ptr
+_moments_kernel maps_ptr
+_units_kernel rows_ptr
+_norm_kernel y_ptr
+_epilogue_backward_kernel grad_c_ptr grad_z_ptr partial_ptr rows_ptr
+_units_backward_kernel out_ptr
+_gather_kernel out_ptr
+_norm_sums_kernel out_ptr
+_units_backward_kernel out_ptr
+_gather_kernel out_ptr
+_norm_backward_kernel out_ptr
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter shows the compiler no kernels")
+def test_operators_show_the_compiler_their_kernels():
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    command = [sys.executable, str(HERE.with_name("triton_trace.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout == TRACED
+
+
 def _jitted(source: str) -> list[str]:
     lines = source.splitlines()
     return [lines[i + 1].split()[1].split("(")[0] for i, line in enumerate(lines) if line == "@triton.jit"]
