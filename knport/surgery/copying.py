@@ -25,9 +25,10 @@ def copy_onto(model: nn.Module, device: str) -> nn.Module:
 
     new = copy.deepcopy(model, _memo(model, twin))
     for module in new.modules():  # a user's hooks must not fire while we read
-        if "weight" in module._parameters or not hasattr(module, "weight"):  # but the old weight_norm is one
-            module._forward_pre_hooks.clear()
-            module._forward_hooks.clear()
+        module._forward_hooks.clear()
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if not type(hook).__module__.startswith("torch.nn.utils"):  # the old weight_norm and its kin are hooks too
+                del module._forward_pre_hooks[key]
     return new
 
 

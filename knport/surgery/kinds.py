@@ -40,7 +40,7 @@ def _is_norm(module: nn.Module) -> bool:
         return True
     if not _NORM_NAME.search(type(module).__name__):
         return False
-    return all(kind(child) == "other" for child in module.children())  # a ConvNormAct is a container
+    return all(kind(part) == "other" for child in module.children() for part in child.modules())  # no ConvNormAct
 
 
 def _convolves_by_itself(module: nn.Module) -> bool:

@@ -96,7 +96,12 @@ def _why_not_folded(graph: Graph, path: str, blocked: dict[str, str]) -> str:
     if across:
         return f"{across[0].name} does not read its channels, but across positions or several norms at once"
     other = [end for end in ends if end.role != "linear"]
-    return f"it is read by {_readers(other)}" if other else f"{ends[0].name} shares its weights with another layer"
+    if other:
+        return f"it is read by {_readers(other)}"
+    several = next((end.name for end in ends if len(graph.calls[end.name]) > 1), None)
+    if several is not None:
+        return f"{several} reads other norms too when it is called again"
+    return f"{ends[0].name} shares its weights with another layer"
 
 
 def _readers(ends: list[Node]) -> str:
