@@ -1,4 +1,4 @@
-"""`python -m experiments COMMAND`: train, compare, demo, report, list.
+"""`python -m experiments COMMAND`: train, compare, demo, privacy, report, list.
 
     accelerate launch -m experiments train cifar100 --model knresnet18 --batch-size 32 --data-dir data
     accelerate launch --multi_gpu --num_processes 2 -m experiments train ...      two processes, on CPUs too
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model by a recipe, or go on with a run that was interrupted",
     "compare": "run a grid of models, norms, batch sizes and seeds, and report it",
     "demo": "compare three norms on the embedded digits in a few minutes",
+    "privacy": "private training of the embedded digits: accuracy by epsilon, and membership inference",
     "report": "write report.html, report.md and results.csv for a folder of runs",
     "sweep": "convert every network of torchvision and timm's families, and check the promises",
     "list": "the recipes, norms and models that can be named",

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from experiments import plots, tables
+from experiments.privacy_report import Section as Part
 from experiments.published import SETTING, SOURCE
 from experiments.results import Results, Row
 from experiments.summary import Series, batch_sizes_of, headline, main_budget, series_of
@@ -17,13 +18,17 @@ LIGHT = {plots.css_name(plots.INK): "#1f2430", plots.css_name(plots.FAINT): "#d5
 DARK = {plots.css_name(plots.INK): "#e6e9ef", plots.css_name(plots.FAINT): "#3b424f"}
 
 
-def html(results: Results, reading: Sequence[str]) -> str:
+def html(results: Results, reading: Sequence[str], private: Sequence[Part] = ()) -> str:
     """The page.
 
     Args:
         results: rows and learning curves.
         reading: paragraphs that say how the numbers were made.
+        private: what `privacy_report.sections` gives.
     """
+    if not results.rows:
+        heads = ['<p class="eyebrow">digits</p>', "<h1>Private training</h1>"]
+        return _document("Private training", "\n".join([*heads, *map(_part, private)]))
     rows = results.rows
     series, sizes = series_of(rows), batch_sizes_of(rows)
     networks = len({(s.model, s.norm) for s in series})
@@ -38,6 +43,7 @@ def html(results: Results, reading: Sequence[str]) -> str:
         "</section>",
         _curves(results, series, sizes),
         _section("What a training step costs", _table(tables.costs(rows), series) + _measured_on(rows)),
+        *map(_part, private),
         _section("Setting", _table(tables.settings(rows)) + _commands(rows)),
         _section("How to read this", _list([*reading, *_paper_note(rows)], "reading")),
     ]
@@ -98,6 +104,13 @@ def _document(name: str, body: str) -> str:
 
 def _variables(values: dict[str, str]) -> str:
     return " ".join(f"{name}: {value};" for name, value in values.items())
+
+
+def _part(part: Part) -> str:
+    pictures = "".join(_figure(svg, "") for svg in part.pictures)
+    commands = "".join(f"<pre>{escape(command)}</pre>" for command in part.commands)
+    content = f'<div class="panels">{pictures}</div>{_table(part.table)}{_list(part.remarks, "remarks")}{commands}'
+    return _section(part.title, content)
 
 
 def _section(name: str, content: str) -> str:

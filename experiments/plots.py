@@ -57,7 +57,7 @@ def accuracy_plot(series: Sequence[Series], batch_sizes: Sequence[int], *, theme
 
     Cells of another budget than their column's are left to the table: a line to them would show the budget.
     """
-    figure, axes = _panel()
+    figure, axes = panel()
     labels = []
     main = {size: main_budget(series, size) for size in batch_sizes}
     for number, one in enumerate(series):
@@ -76,12 +76,12 @@ def accuracy_plot(series: Sequence[Series], batch_sizes: Sequence[int], *, theme
     axes.set_xlabel("batch size")
     _widen(axes)
     _finish(axes, "top-1 accuracy [%]", labels)
-    return _svg(figure, themed)
+    return to_svg(figure, themed)
 
 
 def curves_plot(series: Sequence[Series], curves: Iterable[dict[str, Any]], batch_size: int) -> str:
     """SVG: top-1 on the test images after each epoch at one batch size, mean over seeds, with their range."""
-    figure, axes = _panel()
+    figure, axes = panel()
     lines = [line for line in curves if line["batch_size"] == batch_size and line.get("top1") is not None]
     labels = []
     for one in series:
@@ -104,10 +104,11 @@ def curves_plot(series: Sequence[Series], curves: Iterable[dict[str, Any]], batc
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
     axes.set_xlabel("epoch")
     _finish(axes, "top-1 accuracy [%]", labels)
-    return _svg(figure, themed=True)
+    return to_svg(figure, themed=True)
 
 
-def _panel() -> tuple[Figure, Axes]:
+def panel() -> tuple[Figure, Axes]:
+    """An empty picture in our style."""
     with matplotlib.rc_context({"font.size": 10.5}):
         figure = Figure(figsize=PANEL, layout="constrained")
         FigureCanvasSVG(figure)
@@ -174,7 +175,8 @@ def _spread_out(heights: Sequence[float], gap: float) -> list[float]:
     return [places[order.index(i)] for i in range(len(heights))]
 
 
-def _svg(figure: Figure, themed: bool) -> str:
+def to_svg(figure: Figure, themed: bool) -> str:
+    """As SVG: in the page's colours and font where `themed`, else on its own."""
     buffer = io.StringIO()
     # a fixed salt and no date: the same numbers give the same file
     with matplotlib.rc_context({"svg.fonttype": "none" if themed else "path", "svg.hashsalt": "knport"}):

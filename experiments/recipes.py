@@ -8,30 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What a recipe decides; each field is the field of `Run` with the same name."""
-
-    batch_size: int
-    """Images per optimizer step."""
-    epochs: int
-    """Passes over the training images."""
-    lr: float
-    """Peak learning rate."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    weight_decay: float = 5e-4
-    """Weight decay of SGD."""
-    schedule: str = "cosine"
-    """Shape of the learning rate."""
-    scaling: str = "standard"
-    """Inputs as pixel / 255 (unit) or with mean and SD removed (standard)."""
-    augment: str = "crop-flip"
-    """Augmentation of the training images."""
-
+from experiments import recipes_private as private
+from experiments.recipe import Recipe, norm_kind
 
 LearningRates = Mapping[int, float]  # batch size -> learning rate
 
@@ -62,18 +41,6 @@ CIFAR10_LR: Mapping[str, LearningRates] = {
     "group": {32: 0.0125, 128: 0.05},
     "layer": {128: 0.05},
 }
-
-
-def norm_kind(model: str, norm: str) -> str:
-    """Which of the papers' columns a run belongs to: kernel, batch, group or layer.
-
-    `original` is kernel for the hand-built kernel normalized networks (names in kn...), else batch. Norms the papers
-    did not train (instance, none, ...) take the layer column, the most careful one.
-    """
-    name = model.rsplit("/", 1)[-1].lower()
-    if norm == "kernel" or (norm == "original" and name.startswith("kn")):
-        return "kernel"
-    return {"original": "batch", "batch": "batch", "group": "group"}.get(norm, "layer")
 
 
 def depth(model: str) -> str:
@@ -136,7 +103,18 @@ def cifar100(model: str, norm: str, batch_size: int | None = None) -> Recipe:
     return Recipe(batch_size=batch_size, epochs=150, lr=tabulated(table, batch_size), scaling=scaling)
 
 
-RECIPES: Mapping[str, Callable[..., Recipe]] = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
+RECIPES: Mapping[str, Callable[..., Recipe]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        digits,
+        cifar10,
+        cifar100,
+        private.digits_private,
+        private.cifar10_private,
+        private.imagenet32_private,
+        private.imagenet32_private_v1,
+    )
+}
 
 
 def get(name: str) -> Callable[..., Recipe]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import page, tables
+from experiments import page, privacy_report, tables
 from experiments.collect import NOTES, collect
 from experiments.published import SETTING, SOURCE
 from experiments.results import Results, Row, read, write, write_text
@@ -32,18 +32,20 @@ def report(folder: tyro.conf.Positional[Path]) -> Path:
     """Write `report.html`, `report.md`, `results.csv` and `curves.csv` into `folder`; returns the page's path.
 
     Args:
-        folder: holds run folders, or else a `results.csv` (with `curves.csv` beside it) from an earlier comparison.
+        folder: holds run folders, or else a `results.csv` (with `curves.csv` beside it) from an earlier comparison,
+            or the tables of `python -m experiments privacy`, or both.
 
     Raises:
         KNPortError: the folder holds neither.
     """
     folder = Path(folder)
-    results = load(folder)
+    private = privacy_report.sections(folder)
+    results = Results((), ()) if private and not _compared(folder) else load(folder)
     if any(folder.glob("*/run.json")) or (folder / NOTES).exists():
         write(folder, results)
         results = read(folder)  # the report shows the digits that the tables hold
-    write_text(folder / "report.md", markdown(results.rows))
-    write_text(folder / "report.html", page.html(results, READING))
+    write_text(folder / "report.md", markdown(results.rows, private))
+    write_text(folder / "report.html", page.html(results, READING, private))
     return folder / "report.html"
 
 
@@ -63,11 +65,18 @@ def load(folder: Path) -> Results:
     return results
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def _compared(folder: Path) -> bool:
+    return (folder / "results.csv").exists() or (folder / NOTES).exists() or any(folder.glob("*/run.json"))
+
+
+def markdown(rows: Sequence[Row], private: Sequence[privacy_report.Section] = ()) -> str:
     """The whole report as Markdown, without pictures."""
+    if not rows:
+        return "\n\n".join(["# Private training", *privacy_report.markdown(private)]) + "\n"
     parts = [f"# {page.title(rows)}", headline(rows), tables.accuracy(rows).markdown()]
     parts += [f"- {note}" for note in tables.remarks(rows)]
     parts += ["## Cost of a training step", tables.costs(rows).markdown(), page.measured_on(rows)]
+    parts += privacy_report.markdown(private)
     parts += ["## Setting", tables.settings(rows).markdown(), page.machine(rows)]
     parts += [f"```\n{command}\n```" for command in page.commands(rows)]
     parts += ["## How to read this", *(f"- {text}" for text in READING)]

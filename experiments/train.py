@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from experiments import data
+from experiments.data.images import ImageSet
 from experiments.loop import Loop
 from experiments.meter import NonFiniteLoss, reset_peak_memory
 from experiments.models import build
@@ -27,12 +28,13 @@ from experiments.signals import StopRequest
 from knport.errors import KNPortError
 
 
-def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
+def train(run: Run, *, quiet: bool = False, sets: tuple[ImageSet, ImageSet] | None = None) -> dict[str, Any]:
     """Train, or go on, or return the stored result.
 
     Args:
         run: what to train; `experiments.run.resolve` makes one from a recipe.
         quiet: say nothing.
+        sets: training and test images, in place of those that the recipe reads.
 
     Returns: ``top1, top5, best_top1`` in percent, ``test_loss, train_loss``, ``steps, epochs``, and ``seconds`` of
     training without evaluation. All but ``best_top1`` are of the last step, as in the papers.
@@ -53,7 +55,7 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     with lock, StopRequest() as stop, _deterministic(), _trackers(accelerator, run):
         here = environment(accelerator.device, accelerator.num_processes)
         _note_changes(run, (stored or {}).get("environment", {}), here, report)
-        return _train(run, accelerator, folder, here, report, stop)
+        return _train(run, accelerator, folder, here, report, stop, sets or data.load(run))
 
 
 def _train(
@@ -63,8 +65,9 @@ def _train(
     here: dict[str, Any],
     report: Report,
     stop: StopRequest,
+    sets: tuple[ImageSet, ImageSet],
 ) -> dict[str, Any]:
-    train_set, test_set = data.load(run)
+    train_set, test_set = sets
     for note in train_set.notes + test_set.notes:
         report.note(note)
     reset_peak_memory(accelerator.device)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from experiments.data.cifar import cifar10, cifar100
 from experiments.data.digits import digits
+from experiments.data.imagenet32 import imagenet32
 from experiments.data.images import ImageSet
 from experiments.run import Run
 
-READERS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
+READERS = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "digits_private": digits,
+    "cifar10_private": cifar10,
+    "imagenet32_private": imagenet32,
+    "imagenet32_private_v1": imagenet32,
+}
 
 
 def load(run: Run) -> tuple[ImageSet, ImageSet]:

@@ -73,7 +73,7 @@ def read_pickle(path: Path, label_key: bytes) -> Records:
     """One file of the python version, read without running any code that it may contain."""
     try:
         with path.open("rb") as file:
-            content = _ArrayUnpickler(file, encoding="bytes").load()
+            content = ArrayUnpickler(file, encoding="bytes").load()
         pixels, labels = content[b"data"], np.asarray(content[label_key])
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise KNPortError(
@@ -85,7 +85,7 @@ def read_pickle(path: Path, label_key: bytes) -> Records:
     return pixels, labels
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle.Unpickler):
     """Builds numpy arrays and plain containers, and nothing else: a pickle from the net may hold any call."""
 
     ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "encode", "scalar"})

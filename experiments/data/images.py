@@ -60,16 +60,17 @@ class ImageSet:
                 raise KNPortError(
                     f"classes is {classes}, but the set has {self.num_classes}: give --classes at most that"
                 )
-            chosen = replace(chosen._take(self.labels < classes), num_classes=classes)
+            chosen = replace(chosen.take(self.labels < classes), num_classes=classes)
         if count is not None:
             if count > len(chosen):
                 raise KNPortError(
                     f"{count} images were asked for, but there are {len(chosen)}: ask for at most that many"
                 )
-            chosen = chosen._take(balanced_rows(chosen.labels, count))
+            chosen = chosen.take(balanced_rows(chosen.labels, count))
         return chosen
 
-    def _take(self, rows: Tensor) -> ImageSet:
+    def take(self, rows: Tensor) -> ImageSet:
+        """The images at these rows, or where a mask is true."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
 
