@@ -21,6 +21,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import Tensor, nn
 
 from architectures.head import ClassifierHead
+from architectures.initialization import lecun_init
 from architectures.knresnet import BOTTOM_RIGHT, TOP_LEFT
 from architectures.norms import with_norm
 from architectures.registry import register
@@ -90,15 +91,7 @@ class KNConvMixer(ClassifierHead, nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.norm = KernelNorm2d(dropout=min(5 * dropout, 0.25))
         self.fc = self.new_classifier(num_classes)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Kaiming normal over what a filter reads (a depthwise one reads k x k values), zero biases."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        lecun_init(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, C, H / p, W / p), normalized."""

@@ -24,6 +24,7 @@ from torchvision.models import convnext
 from torchvision.ops import StochasticDepth
 
 from architectures.head import ClassifierHead
+from architectures.initialization import lecun_init
 from architectures.registry import register
 from knport import KernelNorm2d, KNConv2d
 
@@ -165,6 +166,8 @@ class FullKNConvNeXt(ClassifierHead, nn.Module):
         self.norm = KernelNorm2d(dropout=min(5 * dropout, 0.25))
         self.fc = self.new_classifier(num_classes)
         init(self)
+        for conv in (self.stem, *(stage[0] for stage in self.stages[1:])):  # what sets the scale of the residual stream
+            lecun_init(conv)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, num_features, H / 32, W / 32), normalized."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.models import densenet
 
 from architectures.head import ClassifierHead
-from architectures.knresnet import kaiming_init
+from architectures.initialization import lecun_init
 from architectures.norms import with_norm
 from architectures.registry import register
 from knport import KernelNorm2d, KNConv2d
@@ -112,7 +112,7 @@ class KNDenseNet(ClassifierHead, nn.Module):
         self.num_features = channels
         self.norm, self.act = KernelNorm2d(dropout=min(5 * dropout, 0.25)), activation()
         self.fc = self.new_classifier(num_classes)
-        kaiming_init(self)
+        lecun_init(self)
 
     @staticmethod
     def _stem(in_chans, channels, low_resolution, activation, dropout) -> nn.Sequential:

@@ -3,8 +3,8 @@
 The kernel normalized ones follow Figure 6 of the paper (the same in both versions; the authors published no code of
 them). Where they differ from the KNResNets for classification: the kernels of basic and transition blocks and of the
 transitions' max pools are 3 x 3, the widths are 64, 128, 256 and 512, dropout is 0.1 and before the classifier 0.5.
-The figure does not give the pools' stride and padding (2 and 1 halve the map), nor the text the initialization (that of
-the competitors). All parameter counts are the paper's.
+The figure does not give the pools' stride and padding (2 and 1 halve the map), nor the text the initialization (see
+`architectures.initialization`). All parameter counts are the paper's.
 
 The competitors are torchvision's ResNets with two convolutions in the place of pool and linear layer, as in the
 authors' released code. (They are not torchvision's own ``fcn_resnet50``, whose last stages are dilated.)
@@ -25,7 +25,8 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 
 from architectures.head import ClassifierHead
-from architectures.knresnet import Basic, Bottleneck, Transition, kaiming_init, knconv_stem
+from architectures.initialization import lecun_init
+from architectures.knresnet import Basic, Bottleneck, Transition, knconv_stem
 from architectures.norms import with_norm
 from architectures.registry import register
 from architectures.resnet import build_resnet
@@ -91,7 +92,7 @@ class KNFCN(PixelClassifier, nn.Module):
             self.last = nn.Sequential(nn.ReLU(), KNConv2d(widths[-1], widths[-1], 3, padding=1, dropout=dropout))
         self.norm, self.act = KernelNorm2d(dropout=min(5 * dropout, 0.5)), nn.ReLU()
         self.classifier = self.new_classifier(num_classes)
-        kaiming_init(self)
+        lecun_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.last(self.sets(self.stem(x)))
