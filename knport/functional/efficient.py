@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knport import kernels
-from knport.functional.geometry import Box, Pairs, ntuple, output_size, pad, padding_pairs, window_pairs
 from knport.functional.statistics import (
     SMALLEST_GAUSSIAN_UNIT,
     UnitStatistics,
@@ -26,7 +25,9 @@ from knport.functional.statistics import (
     unit_mean,
     unit_statistics,
 )
-from knport.kernels import Draw, UnitConv, fused_kn_conv, normalize_units, reciprocal_sd
+from knport.geometry import Box, Pairs, ntuple, output_size, pad, padding_pairs, window_pairs
+from knport.kernels import Draw, cpu_conv, cpu_norm, normalize_units, reciprocal_sd
+from knport.kernels.cpu_units import Units
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -53,9 +54,20 @@ def kernel_norm(
     ndim = x.dim() - 2
     kernel_size, stride = ntuple(kernel_size, ndim, "kernel_size"), ntuple(stride, ndim, "stride")
     ones = (1,) * ndim
-    pairs = padding_pairs(padding, kernel_size, stride, ones)
-    mean, var, _ = unit_statistics(x, kernel_size, stride, pairs, ones, dropout=dropout, dropout_form=dropout_form)
-    rstd = reciprocal_sd(mean, var, eps)
+    box = Box(kernel_size, stride, padding_pairs(padding, kernel_size, stride, ones), ones)
+    output_size(x.shape[2:], *box)  # raises where the kernel does not fit
+    how = Units(box, box, eps, dropout, dropout_form, centred=False)
+    if stride == kernel_size and _is_closed(x, how) and kernels.takes(x):
+        return cpu_norm.kernel_norm(x, how, _norm_formula)
+    return _norm_formula(x, how)
+
+
+def _norm_formula(x: Tensor, how: Units, drawn: Draw | None = None) -> Tensor:
+    """`kernel_norm` by operators that any transform and any compiler takes."""
+    mean, var, _ = _statistics(x, how, drawn)
+    rstd = reciprocal_sd(mean, var, how.eps)
+    kernel_size, stride, pairs, _ = how.kernel
+    ndim = len(kernel_size)
     units = pad(x, pairs)
     if max(kernel_size) == 1 and max(stride) == 1:
         return ((units - mean) * rstd).to(x.dtype)
@@ -111,9 +123,10 @@ def kn_conv(
     pairs = padding_pairs(padding, kernel_size, stride, dilation)
     kernel = Box(kernel_size, stride, pairs, dilation)
     output_size(x.shape[2:], *kernel)  # raises where the kernel does not fit
-    how = UnitConv(kernel, _window(kernel, norm_window), groups, eps, dropout, dropout_form, padding_mode)
-    if statistics is None and _fusible(x, weight, bias, how):
-        return fused_kn_conv(x, weight, bias, how, _formula)
+    window = _window(kernel, norm_window)
+    how = Units(kernel, window, eps, dropout, dropout_form, padding_mode, groups, centred=groups == 1)
+    if statistics is None and _is_closed(x, how) and kernels.takes(x, weight, bias):
+        return cpu_conv.kn_conv(x, weight, bias, how, _formula)
     return _formula(x, weight, bias, how, statistics)
 
 
@@ -137,7 +150,7 @@ def kn_conv_statistics(
     kernel_size = ntuple(kernel_size, ndim, "kernel_size")
     stride, dilation = ntuple(stride, ndim, "stride"), ntuple(dilation, ndim, "dilation")
     kernel = Box(kernel_size, stride, padding_pairs(padding, kernel_size, stride, dilation), dilation)
-    how = UnitConv(kernel, _window(kernel, norm_window), 1, 0.0, dropout, dropout_form, padding_mode)
+    how = Units(kernel, _window(kernel, norm_window), 0.0, dropout, dropout_form, padding_mode)
     return _statistics(x, how)
 
 
@@ -151,18 +164,14 @@ def _window(kernel: Box, norm_window) -> Box:
     return Box(size, kernel.stride, padding, (1,) * ndim)
 
 
-def _fusible(x: Tensor, weight: Tensor, bias: Tensor | None, how: UnitConv) -> bool:
-    """Whether the fused form has these units' dropout and these tensors; masks and other paddings it has not."""
+def _is_closed(x: Tensor, how: Units) -> bool:
+    """Whether what dropout does to these units is two numbers for each; masks and other paddings are not."""
     n = x.shape[1] * how.window.places
     drawn = how.dropout_form == "moments" and n >= SMALLEST_GAUSSIAN_UNIT
-    return (
-        (not how.dropout or how.dropout_form == "expected" or drawn)
-        and how.padding_mode == "zeros"
-        and kernels.takes(x, weight, bias)
-    )
+    return how.padding_mode == "zeros" and (not how.dropout or how.dropout_form == "expected" or drawn)
 
 
-def _statistics(x: Tensor, how: UnitConv, drawn: Draw | None = None) -> UnitStatistics:
+def _statistics(x: Tensor, how: Units, drawn: Draw | None = None) -> UnitStatistics:
     dropout = {"dropout": how.dropout, "dropout_form": how.dropout_form, "drawn": drawn}
     statistics = unit_statistics(x, *how.window, padding_mode=how.padding_mode, **dropout)
     if how.window == how.kernel:
@@ -174,7 +183,7 @@ def _formula(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    how: UnitConv,
+    how: Units,
     statistics: UnitStatistics | None = None,
     drawn: Draw | None = None,
 ) -> Tensor:
@@ -196,7 +205,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-def _convolve(x: Tensor, weight: Tensor, how: UnitConv) -> tuple[Tensor, Tensor | None, Tensor]:
+def _convolve(x: Tensor, weight: Tensor, how: Units) -> tuple[Tensor, Tensor | None, Tensor]:
     """The plain convolution, the sum of each filter that it used (None where that is 0) and of each filter as given.
 
     Sums are (C_out,) in float32 or better.

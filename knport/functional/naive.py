@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knport.errors import UnknownName
-from knport.functional.geometry import ntuple, pad, padding_pairs, window_pairs
+from knport.geometry import ntuple, pad, padding_pairs, window_pairs
 
 
 def unfold(x: Tensor, kernel_size, stride, padding, dilation) -> Tensor:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knport.errors import UnknownName
-from knport.functional.geometry import Pairs, output_size, pad
+from knport.geometry import Pairs, output_size, pad
 from knport.kernels import Draw, channel_moments, draw, drawn_statistics, higher_moments
 
 DROPOUT_FORMS = ("shared", "unit", "moments", "expected")

@@ -16,16 +16,13 @@ from knport.kernels.eager import (
     normalize_units,
     reciprocal_sd,
 )
-from knport.kernels.fused import UnitConv, fused_kn_conv
 
 __all__ = [
     "Draw",
-    "UnitConv",
     "channel_moments",
     "draw",
     "draw_statistics",
     "drawn_statistics",
-    "fused_kn_conv",
     "higher_moments",
     "normalize_units",
     "reciprocal_sd",

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from knport.geometry import Pairs
+
 # Tensors of more bytes are gone through in parts. A temporary as large as a feature map is memory that the system maps
 # and clears anew in every step, which takes longer than the arithmetic; parts of this size come from the heap.
 PART = 2**21
@@ -139,6 +141,21 @@ def over_units(y: Tensor, maps: Tensor) -> Tensor:
     if (rows := as_rows(y)) is not None:
         return maps.movedim(1, -1).flatten(0, -2).t() @ rows
     return torch.matmul(maps.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
+
+
+def zero_padded(x: Tensor, pairs: Pairs) -> Tensor:
+    """As `geometry.pad`, in the order of `x`; `F.pad` would clear the inner part too before it copies."""
+    size = [length + before + after for length, (before, after) in zip(x.shape[2:], pairs, strict=True)]
+    last = as_rows(x) is not None and x.dim() in (4, 5)
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()] if last else torch.contiguous_format
+    padded = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=order)
+    inner = padded
+    for dim, (length, (before, after)) in enumerate(zip(x.shape[2:], pairs, strict=True), 2):
+        inner.narrow(dim, 0, before).zero_()
+        inner.narrow(dim, before + length, after).zero_()
+        inner = inner.narrow(dim, before, length)
+    inner.copy_(x)
+    return padded
 
 
 def add_input_gradient(grad: Tensor, x: Tensor, constant: Tensor, slope: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from knport import functional
-from knport.functional.geometry import ntuple, padding_pairs
+from knport.geometry import ntuple, padding_pairs
 from knport.layers.dropout import StatisticsDropout, with_batch
 
 

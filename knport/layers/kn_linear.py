@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from knport import functional
 from knport.errors import KNPortError
-from knport.functional.geometry import ntuple
 from knport.functional.statistics import UnitStatistics
+from knport.geometry import ntuple
 from knport.layers.dropout import StatisticsDropout
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knport.errors import KNPortError
-from knport.functional.geometry import ntuple
 from knport.functional.statistics import full_precision
+from knport.geometry import ntuple
 
 
 class LocalContextNorm(nn.Module):

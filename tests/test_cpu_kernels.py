@@ -1,4 +1,4 @@
-"""KNConv as one operation on CPUs: values and every gradient in float32 against the definition in float64."""
+"""KNConv and KernelNorm as one operation each on CPUs: values and gradients in float32 against float64."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from test_functional import GEOMETRIES, arguments
 
 from knport import functional
-from knport.functional.geometry import Box, pad
+from knport.geometry import Box, pad
 from knport.kernels import cpu
 
 ZERO_PADDED = [name for name, geometry in GEOMETRIES.items() if geometry[7] == "zeros"]
@@ -21,7 +21,7 @@ def gradients(y, inputs, seed=1):
 
 
 def is_fused(y):
-    return y.grad_fn.name() == "_FusedKNConvBackward"
+    return y.grad_fn.name() in ("_KNConvBackward", "_KernelNormBackward")
 
 
 def assert_same(inputs, form, definition, **tolerance):
@@ -67,6 +67,46 @@ def test_dropout_is_that_of_the_formula(geometry, form, p, layout):
         return functional.kn_conv(*tensors, **settings, dropout=p, dropout_form=form)
 
     assert_same((x, weight, bias), layer, layer, **CLOSE)
+
+
+TILINGS = [(1, 0), (2, 0), (3, ((1, 2), (0, 1))), ((2, 3), 0), ((1, 2), ((0, 0), (1, 1)))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form, p", [("moments", 0.0), ("expected", 0.1), ("moments", 0.2)])
+@pytest.mark.parametrize("kernel_size, padding", TILINGS, ids=str)
+def test_kernel_norm_is_its_definition(kernel_size, padding, form, p, layout):
+    x = torch.randn(2, 64, 7, 8, dtype=torch.float64).add(0.5).relu()
+    if p:  # a flat region, which by the bare definition would pass 1 / sqrt(eps)
+        x[0, :, :2] = 0
+    x = x.to(memory_format=LAYOUTS[layout]).requires_grad_()
+
+    def layer(x):
+        how = {"dropout": p, "dropout_form": form}
+        return functional.kernel_norm(x, kernel_size, kernel_size, padding, **how)
+
+    def definition(x):
+        return layer(x) if p else functional.naive.kernel_norm(x, kernel_size, kernel_size, padding)
+
+    assert_same((x,), layer, definition, **CLOSE)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x.detach().float().requires_grad_())
+    assert sum(t.numel() > 2 * 9 * 10 for t in kept) == 1  # x, and maps
+
+
+def test_double_backward_of_kernel_norm():
+    x = torch.randn(2, 64, 4, 5, dtype=torch.float64)
+
+    def penalty(x):
+        x = x.requires_grad_()
+        torch.manual_seed(0)
+        y = functional.kernel_norm(x, 2, 2, dropout=0.1)
+        (slope,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    ours, theirs = penalty(x.float()), penalty(x)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
 
 
 def test_layouts_agree_and_stay():

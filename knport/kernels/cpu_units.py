@@ -1,0 +1,146 @@
+"""The statistics of every unit on CPUs, forward and backward, on one-channel maps: float64 where sums cancel.
+
+Every form of dropout that runs here has statistics mu' = mu + shift sqrt(m_2) and var' = scale m_2 - mu'^2 with
+constants shift and scale: (0, 1) without dropout, (0, (1 - p / n) / (1 - p)) for the expected ones, else a `Draw`.
+
+Legend: N images, C channels, H x W the input's map, O x P the units, n = C k_h k_w entries of a unit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from knport.geometry import Box
+from knport.kernels import cpu
+from knport.kernels.eager import Draw, draw, reciprocal_sd
+
+
+class Units(NamedTuple):
+    """What there is to know of a KNConv or a KernelNorm beside its tensors."""
+
+    kernel: Box
+    window: Box
+    """The units that the statistics are taken of: the kernel's own, or another block about the same centre."""
+    eps: float
+    dropout: float
+    dropout_form: str
+    padding_mode: str = "zeros"
+    groups: int = 1
+    centred: bool = True
+    """Whether the filters have mean 0, so that only what the mean is moved by is left to subtract."""
+
+
+class Statistics(NamedTuple):
+    """Of every unit, (N, 1, O, P) each."""
+
+    mean: Tensor
+    """mu'"""
+    rstd: Tensor
+    offset: Tensor | None
+    """What times the sum of each filter is to be subtracted; None for nothing."""
+    scale: Tensor | float
+    drawn: Drawn | None
+
+
+class Drawn(NamedTuple):
+    """What dropout did to every unit, (N, 1, O, P) each."""
+
+    shift: Tensor
+    moved: Tensor
+    """mu' - mu"""
+    ratio: Tensor
+    """The derivative of `moved` by m_2."""
+    bounded: Tensor
+    """Whether var' is (mu' - mu)^2."""
+
+
+def keep(ctx, of_units: Statistics, *tensors: Tensor | None) -> None:
+    """Save both for the backward pass of a `Function`."""
+    mean, rstd, offset, scale, drawn = of_units
+    ctx.scale = None if drawn else scale
+    ctx.save_for_backward(*tensors, mean, rstd, offset, *((scale, *drawn) if drawn else ()))
+    ctx.n_tensors = len(tensors)
+
+
+def kept(ctx) -> tuple[Statistics, tuple[Tensor | None, ...]]:
+    """What `keep` saved."""
+    tensors, (mean, rstd, offset, *drawn) = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
+    if not drawn:
+        return Statistics(mean, rstd, offset, ctx.scale, None), tensors
+    return Statistics(mean, rstd, offset, drawn[0], Drawn(*drawn[1:])), tensors
+
+
+def draw_of(of_units: Statistics) -> Draw | None:
+    """What dropout drew, for the formula to use again."""
+    return None if of_units.drawn is None else Draw(of_units.drawn.shift, of_units.scale)
+
+
+def statistics(x: Tensor, how: Units) -> Statistics:
+    """Of every unit of x (N, C, H, W)."""
+    p, n = how.dropout, x.shape[1] * how.window.places
+    drawing = p > 0 and how.dropout_form == "moments"
+    maps = cpu.pixel_moments(x, 4 if drawing else 2).double()
+    first, square, *_ = maps.split(1, 1)
+    square.addcmul_(first, first)  # E[x^2] = var + mean^2
+    pooled = how.window.mean(maps)
+    mean, second, *higher = pooled.split(1, 1)
+    var = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0).float()
+    mean = mean.float()
+    own_mean = mean if how.kernel == how.window else how.kernel.mean(first).float()
+    if drawing:
+        return _draw(mean, var, second.float(), *(m.float() for m in higher), own_mean, n, how)
+    scale = (1 - p / n) / (1 - p)
+    if p:
+        var = (scale * var).addcmul_(mean, mean, value=scale - 1)  # scale m_2 - mu^2
+    offset = None if own_mean is mean else mean - own_mean
+    return Statistics(mean, reciprocal_sd(own_mean, var, how.eps), offset if how.centred else mean, scale, None)
+
+
+def _draw(mean, var, second, third, fourth, own_mean, n: int, how: Units) -> Statistics:
+    shift, scale = draw(second, third, fourth, how.dropout, n)
+    root = second.sqrt_()
+    moved = root * shift
+    # scale m_2 - mu'^2, sorted so that nothing large cancels
+    var = (scale * var).addcmul_(scale - 1, mean * mean).addcmul_(torch.add(moved, mean, alpha=2), moved, value=-1)
+    floor = moved * moved
+    bounded = var <= floor
+    rstd = reciprocal_sd(own_mean, torch.maximum(var, floor), how.eps)
+    ratio = shift.div(root.clamp_min_(torch.finfo(torch.float32).tiny)).mul_(0.5)
+    dropped = mean + moved
+    offset = dropped if not how.centred else moved if own_mean is mean else dropped - own_mean
+    return Statistics(dropped, rstd, offset, scale, Drawn(shift, moved, ratio, bounded))
+
+
+def statistics_backward(
+    x: Tensor, of_units: Statistics, grad_rstd: Tensor, grad_offset: Tensor | None, how: Units
+) -> tuple[Tensor, Tensor]:
+    """dL/dx by way of the statistics is constant + slope x; both (N, 1, H, W). Overwrites grad_rstd."""
+    mean, rstd, _, scale, drawn = of_units
+    grad_var = grad_rstd.mul_(rstd).mul_(rstd * rstd).mul_(-0.5)
+    free = grad_var.masked_fill(drawn.bounded, 0) if drawn else grad_var
+    grad_mean = (mean * free).mul_(-2)
+    if grad_offset is not None:
+        grad_mean += grad_offset
+    grad_second = scale * free
+    if drawn:
+        grad_moved = grad_mean.addcmul(drawn.moved, grad_var - free, value=2)
+        grad_second.addcmul_(grad_moved, drawn.ratio)
+    size = x.shape[2:]
+    centred = grad_offset is not None and how.centred
+    if centred and how.kernel == how.window:
+        grad_mean = grad_mean - grad_offset
+    maps = torch.cat([grad_mean, grad_second.mul_(2)], 1).div_(x.shape[1])
+    constant, slope = how.window.mean_backward(maps, size).split(1, 1)
+    if centred and how.kernel != how.window:
+        constant = constant - how.kernel.mean_backward(grad_offset / x.shape[1], size)
+    return constant, slope
+
+
+def differentiable(y: Tensor, tensors, grad: Tensor, wanted) -> list[Tensor | None]:
+    """The gradients of y as functions of `tensors` and `grad`, for the second derivative."""
+    inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
+    grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+    return [next(grads) if want else None for want in wanted]
