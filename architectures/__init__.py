@@ -10,6 +10,7 @@ from architectures import (
     cifar_resnet,
     conformer,
     conformer_original,
+    conformer_parts,
     convmixer,
     convnext,
     convnext_original,
@@ -21,6 +22,7 @@ from architectures import (
     resnet,
     small,
     vit,
+    vit_original,
 )
 from architectures.published import load_published
 from architectures.registry import create_model, list_models, original_of
@@ -30,6 +32,7 @@ __all__ = [
     "cifar_resnet",
     "conformer",
     "conformer_original",
+    "conformer_parts",
     "convmixer",
     "convnext",
     "convnext_original",
@@ -45,4 +48,5 @@ __all__ = [
     "resnet",
     "small",
     "vit",
+    "vit_original",
 ]

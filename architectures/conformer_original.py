@@ -15,7 +15,8 @@ from timm.layers import DropPath
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from architectures.conformer import EXPANSION, Conformer
+from architectures.conformer import Conformer
+from architectures.conformer_parts import EXPANSION
 from architectures.registry import register
 from architectures.vit import init_linear
 from knport import replace_norm

@@ -1,4 +1,4 @@
-"""KN-ViT-Ti/S/B after Dosovitskiy et al. (ICLR 2021) and Touvron et al. (2021), and timm's ViTs as their originals.
+"""KN-ViT-Ti/S/B after Dosovitskiy et al. (ICLR 2021) and Touvron et al. (2021).
 
 A ViT block is x + attention(norm(x)), x + MLP(norm(x)): each norm has one reader, the linear layer behind it (queries,
 keys and values; the first of the MLP). Kernel normalization takes the place of both, as KNConv does in the papers:
@@ -21,17 +21,14 @@ Legend: N images, C channels, H x W the grid of patches, L = 1 + H W tokens.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from architectures.head import ClassifierHead
 from architectures.registry import register
-from knport import KernelNorm1d, KNConv2d, KNLinear, KNPortError, replace_norm
+from knport import KernelNorm1d, KNConv2d, KNLinear, KNPortError
 
 
 class Attention(nn.Module):
@@ -109,7 +106,7 @@ class Tokens(nn.Module):
             grid = grid.transpose(1, 2).unflatten(2, self.grid_size)  # (1, H W, C) -> (1, C, H, W)
             grid = F.interpolate(grid, tuple(x.shape[2:]), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
         tokens = x.flatten(2).transpose(1, 2) + grid  # (N, C, H, W) -> (N, H W, C)
-        return torch.cat([(self.cls_token + own).expand(len(x), -1, -1), tokens], 1)
+        return torch.cat([(self.cls_token + own).expand(x.shape[0], -1, -1), tokens], 1)
 
 
 class TokenNorm(KernelNorm1d):
@@ -162,7 +159,7 @@ class KNVisionTransformer(ClassifierHead, nn.Module):
     ):
         super().__init__()
         self.num_features, self.num_classes = channels, num_classes
-        self.patch_size, img_size = _sizes(patch_size, img_size, low_resolution)
+        self.patch_size, img_size = patch_and_image(patch_size, img_size, low_resolution)
         self.patch_embed = patch_embedding(in_chans, channels, self.patch_size, patch_window, dropout)
         self.tokens = Tokens(channels, self._grid_of(img_size))
         kn = {"norm_window": window, "prefix_tokens": 1, "dropout": dropout}
@@ -216,45 +213,9 @@ def init_linear(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def _sizes(patch_size, img_size, low_resolution: bool) -> tuple[int, tuple[int, int]]:
+def patch_and_image(patch_size, img_size, low_resolution: bool) -> tuple[int, tuple[int, int]]:
     img_size = img_size or (32 if low_resolution else 224)
     return patch_size or (4 if low_resolution else 16), (img_size, img_size) if isinstance(img_size, int) else img_size
-
-
-def build_vit(
-    channels: int,
-    depth: int,
-    heads: int,
-    mlp_ratio: float = 4.0,
-    *,
-    norm: str = "layer",
-    patch_size: int | None = None,
-    img_size: int | tuple[int, int] | None = None,
-    low_resolution: bool = False,
-    drop_path: float = 0.0,
-    **kwargs,
-) -> VisionTransformer:
-    """timm's ViT for images of any size, with another norm.
-
-    Args:
-        channels, depth, heads, mlp_ratio, patch_size, img_size, low_resolution, drop_path: as `KNVisionTransformer`.
-        norm: "layer", or what `knport.replace_norm` offers for tokens.
-        kwargs: timm's, ``num_classes`` and ``in_chans`` among them.
-    """
-    patch_size, img_size = _sizes(patch_size, img_size, low_resolution)
-    model = VisionTransformer(
-        img_size,
-        patch_size,
-        embed_dim=channels,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=mlp_ratio,
-        dynamic_img_size=True,
-        drop_path_rate=drop_path,
-        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
-        **kwargs,
-    )
-    return model if norm == "layer" else replace_norm(model, norm, inplace=True)
 
 
 @register(original="baseline_vit_test")
@@ -279,27 +240,3 @@ def knvit_small(**kwargs) -> KNVisionTransformer:
 def knvit_base(**kwargs) -> KNVisionTransformer:
     """KN-ViT-B: 86.53 M parameters, 17.56 G MACs at 224 x 224."""
     return KNVisionTransformer(768, 12, 12, **kwargs)
-
-
-@register
-def baseline_vit_test(**kwargs) -> VisionTransformer:
-    """timm's test_vit: 0.38 M parameters, 0.09 G MACs at 224 x 224."""
-    return build_vit(64, 6, 2, 3.0, **kwargs)
-
-
-@register
-def baseline_vit_tiny(**kwargs) -> VisionTransformer:
-    """timm's vit_tiny_patch16_224: 5.72 M parameters, 1.25 G MACs at 224 x 224."""
-    return build_vit(192, 12, 3, **kwargs)
-
-
-@register
-def baseline_vit_small(**kwargs) -> VisionTransformer:
-    """timm's vit_small_patch16_224: 22.05 M parameters, 4.60 G MACs at 224 x 224."""
-    return build_vit(384, 12, 6, **kwargs)
-
-
-@register
-def baseline_vit_base(**kwargs) -> VisionTransformer:
-    """timm's vit_base_patch16_224: 86.57 M parameters, 17.56 G MACs at 224 x 224."""
-    return build_vit(768, 12, 12, **kwargs)

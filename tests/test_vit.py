@@ -60,7 +60,7 @@ def copied(original, ours):
 def test_with_windows_of_one_token_it_is_timms_network(size):
     size = (size, size) if isinstance(size, int) else size
     norm = functools.partial(nn.LayerNorm, eps=1e-5)
-    original = architectures.vit.VisionTransformer(
+    original = timm.models.VisionTransformer(
         32, 4, num_classes=5, embed_dim=64, depth=2, num_heads=2, norm_layer=norm, dynamic_img_size=True
     )
     for module in original.modules():
