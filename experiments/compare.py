@@ -174,8 +174,8 @@ def _builder(runs: dict[Network, Run], image_shape: Sequence[int], classes: int)
 
     def build(model: str, norm: str) -> torch.nn.Module:
         torch.manual_seed(0)
-        dropout = runs[model, norm].dropout
-        return build_model(model, norm, num_classes=classes, in_chans=channels, image_size=size, dropout=dropout)
+        options = {"dropout": runs[model, norm].dropout, "dropout_form": runs[model, norm].dropout_form}
+        return build_model(model, norm, num_classes=classes, in_chans=channels, image_size=size, **options)
 
     return build
 

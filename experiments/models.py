@@ -27,6 +27,7 @@ def build(
     in_chans: int = 3,
     image_size: int,
     dropout: float | None = None,
+    dropout_form: str | None = None,
     activation: str | None = None,
 ) -> nn.Module:
     """A freshly initialized model; seed torch first for given weights.
@@ -39,15 +40,22 @@ def build(
         image_size: their height in pixels; at most 64 means the low-resolution stem: `architectures` builds it in,
             and a ResNet of timm or torchvision gets a 3 x 3 stride-1 first convolution and no max pool, as usual on
             CIFAR.
-        dropout: overrides the dropout of every kernel normalization layer (see `set_dropout`).
+        dropout: p of every kernel normalization layer. The networks of `architectures` give their last KernelNorm
+            the share of it that was published with them, others are given `set_dropout`; None leaves all as it is.
+        dropout_form: of these layers: "moments", "shared" or "unit"; None leaves each its own.
         activation: "relu" or "mish" in the place of every ReLU and Mish module; None leaves them.
 
     Raises: `UnknownName` for an unknown model or norm; `KNPortError` from the rewriting.
     """
-    model = _create(name, num_classes, in_chans, image_size)
+    built_with = {} if dropout is None or norm == "kernel" else _own_dropout(name, dropout)
+    model = _create(name, num_classes, in_chans, image_size, **built_with)
     model = _renorm(model, norm, torch.zeros(2, in_chans, image_size, image_size))
-    if dropout is not None:
+    if dropout is not None and not built_with:
         set_dropout(model, dropout)
+    if dropout_form is not None:
+        for module in model.modules():
+            if hasattr(module, "dropout_form"):
+                module.dropout_form = dropout_form
     if activation is not None:
         set_activation(model, activation)
     _try(model, name, torch.zeros(2, in_chans, image_size, image_size), num_classes)
@@ -65,10 +73,13 @@ def list_models() -> list[str]:
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:
-    """Set the dropout p of every KNConv and KernelNorm; the last KernelNorm gets min(5 p, 0.25), as published."""
+    """Set the dropout p of every kernel normalization layer; the last KernelNorm gets min(5 p, 0.25), as in KNResNets.
+
+    The networks of `architectures` have shares of their own (up to 0.5): build those with the dropout asked for.
+    """
     norms = [module for module in model.modules() if isinstance(module, KERNEL_NORMS)]
     for module in model.modules():
-        if isinstance(module, KERNEL_NORMS + KN_CONVS):
+        if isinstance(module, (*KERNEL_NORMS, *KN_CONVS, knport.KNLinear)):
             module.dropout = dropout
     if norms:
         norms[-1].dropout = min(5 * dropout, 0.25)
@@ -87,11 +98,21 @@ def set_activation(model: nn.Module, activation: str) -> None:
         raise KNPortError(f"{type(model).__name__} has no ReLU or Mish modules; leave --activation out")
 
 
-def _create(name: str, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+def _own_dropout(name: str, dropout: float) -> dict[str, float]:
+    """What to build `name` with, if it is a kernel normalized network of `architectures`; these all take `dropout`."""
+    if name not in architectures.list_models():
+        return {}
+    with torch.device("meta"):  # draws no random numbers
+        modules = architectures.create_model(name).modules()
+    return {"dropout": dropout} if any(isinstance(m, (*KN_CONVS, knport.KNLinear)) for m in modules) else {}
+
+
+def _create(name: str, num_classes: int, in_chans: int, image_size: int, **options) -> nn.Module:
     small = image_size <= SMALL_IMAGE
     library, _, rest = name.rpartition("/")
     if name in architectures.list_models():
-        return architectures.create_model(name, num_classes=num_classes, in_chans=in_chans, low_resolution=small)
+        sizes = {"num_classes": num_classes, "in_chans": in_chans}
+        return architectures.create_model(name, **sizes, low_resolution=small, **options)
     if library == "timm" and timm.is_model(rest):
         model = timm.create_model(rest, num_classes=num_classes, in_chans=in_chans)
     elif library == "torchvision" and rest in torchvision.models.list_models(torchvision.models):

@@ -15,6 +15,7 @@ CHOICES = {
     "scaling": ("unit", "standard"),
     "augment": ("none", "crop", "crop-flip"),
     "activation": ("relu", "mish", None),
+    "dropout_form": ("moments", "shared", "unit", None),
     "accountant": ("rdp", "prv", "gdp"),
     "dp_mode": ("hooks", "ghost", "functorch"),
 }
@@ -64,6 +65,8 @@ class Run:
     """Decay per step of the weight average that is evaluated; 0: none."""
     dropout: float | None = None
     """Dropout of every kernel normalization layer (the final KernelNorm: min(5p, 0.25)). None: the model's own."""
+    dropout_form: Literal["moments", "shared", "unit"] | None = None
+    """Form of that dropout (see knport.KNConv2d). None: the model's own."""
     accumulate: int = 1
     """Micro-batches per optimizer step."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

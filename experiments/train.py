@@ -80,6 +80,7 @@ def _train(
         in_chans=channels,
         image_size=height,
         dropout=run.dropout,
+        dropout_form=run.dropout_form,
         activation=run.activation,
     )
     if run.private:
