@@ -81,17 +81,22 @@ COLUMNS = tuple(field.name for field in fields(SweepRow))
 def examine(network: Network) -> SweepRow:
     """The row of a network; an error is a row too."""
     row = SweepRow(model=network.name, task=network.task)
-    devices = ("cpu",) if network.task == "detection" else ("meta", "cpu")
-    for device in devices:
+    for device in ("cpu",) if network.task == "detection" else ("meta", "cpu"):
         row.device, row.error = device, ""
         try:
-            with torch.device(device):
-                model = network.build()
-            _examine(row, model, network, device)
+            _examine(row, _built(network, device), network, device)
             return row
         except Exception as error:  # any network may fail in any way, and a sweep goes on
             row.error = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
     return row
+
+
+def _built(network: Network, device: str) -> nn.Module:
+    try:
+        with torch.device(device):
+            return network.build()
+    except Exception:  # torchvision's RegNet looks at values while it is initialized
+        return copy_onto(network.build(), device)
 
 
 def _examine(row: SweepRow, model: nn.Module, network: Network, device: str) -> None:

@@ -20,7 +20,11 @@ from knport.surgery.kinds import is_leaf
 from knport.surgery.read_fx import read_fx
 from knport.surgery.read_run import read_run
 
-_FALLBACK_SIZES = {1: (224, 32), 2: (224, 32), 3: (32, 16)}  # pixels per side for a model that states none
+_FALLBACK_SIZES = {  # pixels per side for a model that states none; 299 is Inception's
+    1: ((224,), (32,)),
+    2: ((224, 224), (299, 299), (32, 32)),
+    3: ((16, 224, 224), (32, 32, 32), (16, 16, 16)),
+}
 _Reader = Callable[[nn.Module, tuple, dict, dict], Graph]
 
 
@@ -50,8 +54,8 @@ def read(
     Args:
         model: any module; its parameters, buffers, flags and the random state stay as they are.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. Default: zeros of the
-            size that the model states (timm's `pretrained_cfg`, `img_size`), else (2, channels, 224, 224), else 32
-            pixels, for every argument that has no default.
+            size that the model states (timm's `pretrained_cfg`, `img_size`), else (2, channels, 224, 224), else 299
+            and 32 pixels, for every argument that has no default.
         training: read it in training mode.
         readers: tried in order.
 
@@ -118,8 +122,8 @@ def _default_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     ndim, channels = (2, 3) if first is None else (first.weight.dim() - 2, first.in_channels)
     if (own := _own_size(model, ndim)) is not None:
         yield (channels, *own)
-    for side in _FALLBACK_SIZES[ndim]:
-        yield (channels, *(side,) * ndim)
+    for size in _FALLBACK_SIZES[ndim]:
+        yield (channels, *size)
 
 
 def _own_size(model: nn.Module, ndim: int) -> tuple[int, ...] | None:

@@ -78,11 +78,13 @@ def blocked_sites(graph: Graph, sites: dict[str, Site], selection: Selection) ->
 
 
 def _partners(graph: Graph, site: Site) -> list[str]:
-    """Sites whose being included includes this one: for a norm the layer right before it; for a convolution or linear
-    layer the norms behind it, and those it reads that have no layer of their own."""
+    """Sites whose being included includes this one: for a norm the layer right before it, or if there is none those
+    that read it; for a convolution or linear layer the norms behind it, and those it reads that have none before."""
     calls = graph.calls.get(site.path, ())
     if site.kind == "norm":
-        return [layer for i in calls if (layer := layer_before(graph, i))]
+        before = [layer for i in calls if (layer := layer_before(graph, i))]
+        after = [end for i in calls for end in graph.ends(i, TRANSPARENT | SHUFFLES)]
+        return before or [end.name for end in after if end.role in ("conv", "linear")]
     through = TRANSPARENT if site.kind == "conv" else TRANSPARENT | SHUFFLES
     after = [end.name for i in calls for end in norms_behind(graph, i)]
     read = [end for i in calls for end in graph.ends(i, through, back=True) if end.role == "norm"]
