@@ -1,0 +1,245 @@
+"""`python -m experiments.benchmarks bars`: what was measured beside what was asked for; what nobody measured is blank."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.benchmarks import competitors as names
+from experiments.benchmarks import growth, networks
+from experiments.benchmarks.memory import MIB
+from experiments.benchmarks.rows import OUT, Row, latest, read
+from experiments.results import write_text
+from experiments.tables import Table, Text
+from knport.errors import KNPortError
+
+BEGIN, END = "<!-- bars: made by python -m experiments.benchmarks bars --into -->", "<!-- end of bars -->"
+FLOAT = 4
+MOST_MAPS = 16
+"""One-channel maps that a layer may keep beside its two full-size tensors."""
+K_SQUARED = 1.5
+"""A tensor so many times as large as the layer's input and output would hold unfolded units."""
+
+
+class Result(NamedTuple):
+    """A figure, and whether it meets its bar; None where there is no bar."""
+
+    figure: str
+    met: bool | None = None
+
+
+class Bar(NamedTuple):
+    """A line of the acceptance table; `judge` gives None where the rows are not all there."""
+
+    what: str
+    bar: str
+    judge: Callable[[Rows], Result | None]
+
+
+class Rows:
+    """The latest rows of one device and number of threads."""
+
+    def __init__(self, rows: Iterable[Row], *, cuda: bool, threads: int):
+        rows = [row for row in rows if row.device.startswith("cuda") == cuda and (cuda or row.threads == threads)]
+        self.rows = latest(row for row in rows if row.device == rows[-1].device)
+
+    def where(self, **columns) -> list[Row]:
+        """The rows with a time that have these entries; eager, float32 and channels_last unless said otherwise."""
+        usual = {"engine": "eager", "dtype": "float32", "layout": "channels_last"}
+        wanted = {**usual, **columns}
+        found = [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
+        return [row for row in found if row.median_ms is not None]
+
+    def layers(self, variant: str, mode: str = "training", **columns) -> list[Row]:
+        return self.where(benchmark="layers", variant=variant, mode=mode, **columns)
+
+
+def bars(*, csv: Path = OUT, threads: int = 2, into: Path | None = None) -> None:
+    """Print the acceptance table.
+
+    Args:
+        csv: the rows.
+        threads: only CPU rows with so many.
+        into: a Markdown file; what stands between its two marker comments is replaced by the table.
+    """
+    text = table(read(csv), threads)
+    print(text)
+    if into is not None:
+        write_text(into, _replaced(into, text))
+
+
+def table(rows: list[Row], threads: int) -> str:
+    """As Markdown, with a line on where the figures come from."""
+    cpu, gpu = Rows(rows, cuda=False, threads=threads), Rows(rows, cuda=True, threads=threads)
+    lines = [_line(bar, cpu) for bar in CPU_BARS] + [_line(bar, gpu) for bar in GPU_BARS]
+    markdown = Table(("", "measured", "bar", "met"), tuple(lines), names=1).markdown()
+    return "\n\n".join([markdown, *filter(None, (_source(cpu.rows), _source(gpu.rows)))])
+
+
+def _line(bar: Bar, rows: Rows) -> tuple[Text, ...]:
+    result = bar.judge(rows) or Result("")
+    met = "" if result.met is None else "yes" if result.met else "no"
+    return Text(bar.what), Text(result.figure), Text(bar.bar), Text(met)
+
+
+def _source(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    dates, commits = sorted(row.date[:10] for row in rows), sorted({row.commit[:9] for row in rows})
+    days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    threads = f", {rows[0].threads} threads" if rows[0].device.startswith("cpu") else ""
+    torch = ", ".join(sorted({row.torch for row in rows}))
+    return f"{rows[-1].device}{threads}, torch {torch}, {days}, commit {', '.join(commits)}"
+
+
+def _ratios(choose: Callable[[Rows], list[Row]], median: float, worst: float | None = None):
+    """Judge the ratios of rows: their median, and where it is given the worst of them."""
+
+    def judge(rows: Rows) -> Result | None:
+        found = [row.ratio for row in choose(rows) if row.ratio is not None]
+        if not found:
+            return None
+        middle, top = statistics.median(found), max(found)
+        met = middle <= median and (worst is None or top <= worst)
+        return Result(f"{middle:.2f}" if len(found) == 1 else f"{middle:.2f}, worst {top:.2f} of {len(found)}", met)
+
+    return judge
+
+
+def _published(rows: Rows) -> Result | None:
+    found = [row.ratio for row in rows.layers(names.PUBLISHED, k=3) if row.ratio is not None]
+    return Result(f"{statistics.median(found):.1f}, least {min(found):.1f}", min(found) >= 5) if found else None
+
+
+def _saved(rows: Rows) -> Result | None:
+    """What a layer keeps beyond x and the convolution's output, in one-channel maps; and its largest tensor."""
+    found = [row for row in rows.layers(names.MOMENTS) if row.saved_mib is not None and row.largest_tensor_mib]
+    if not found:
+        return None
+    maps, largest = [], []
+    for row in found:
+        # every shape keeps its size, or for an even kernel grows by one
+        o, p = row.H + 1 - row.k % 2, row.W + 1 - row.k % 2
+        x, y, one = (FLOAT * row.N * size / MIB for size in (row.C_in * row.H * row.W, row.C_out * o * p, o * p))
+        maps.append((row.saved_mib - x - y) / one)
+        largest.append(row.largest_tensor_mib / max(x, y))
+    figure = f"2 and {max(maps):.1f} maps; largest tensor {max(largest):.2f} of a full-size one"
+    return Result(figure, max(maps) <= MOST_MAPS and max(largest) <= K_SQUARED)
+
+
+def _network(family: str, variant: str):
+    return lambda rows: _largest_batch(rows.where(benchmark="networks", variant=variant, mode="training"), family)
+
+
+def _largest_batch(rows: list[Row], family: str) -> list[Row]:
+    """Of a family's cases the one with the most images."""
+    rows = [row for row in rows if row.case.startswith(f"{family} ")]
+    return [row for row in rows if row.N == max(r.N for r in rows)]
+
+
+def _quotient(column: str, other: str, most: float | None):
+    """KNResNet-18 / another variant of the same case in one column."""
+
+    def judge(rows: Rows) -> Result | None:
+        mine = _network("knresnet18", networks.KNRESNET)(rows)
+        base = _network("knresnet18", other)(rows)
+        if not mine or not base or not getattr(mine[0], column) or not getattr(base[0], column):
+            return None
+        quotient = getattr(mine[0], column) / getattr(base[0], column)
+        return Result(f"{quotient:.2f}", None if most is None else quotient <= most)
+
+    return judge
+
+
+def _flat(rows: Rows) -> Result | None:
+    found = {}
+    for mode in ("training", "inference"):
+        grown = [row for row in rows.where(benchmark="growth", case="statistics", mode=mode) if row.k > growth.FIRST]
+        if not grown:
+            return None
+        found[mode] = max(row.ratio for row in grown)
+    return Result(", ".join(f"{mode} {ratio:.2f}" for mode, ratio in found.items()), max(found.values()) <= 1.15)
+
+
+def _compiled(rows: Rows) -> Result | None:
+    found = rows.where(benchmark="compile", variant="compiled", mode="training", engine="compiled")
+    found = _largest_batch(found, "knresnet18")
+    if not found or found[0].ratio is None:
+        return None
+    row = found[0]
+    return Result(f"{row.graph_breaks} breaks, {row.ratio:.2f}", row.graph_breaks == 0 and row.ratio <= 1)
+
+
+def _gpu_layers(variant: str = names.MOMENTS, engine: str = "eager"):
+    return lambda rows: rows.layers(variant, dtype="bfloat16", engine=engine)
+
+
+def _gpu_peak(rows: Rows) -> Result | None:
+    quotients = []
+    for engine in ("eager", "compiled"):
+        base = {row.case: row.peak_memory_mib for row in _gpu_layers(names.BATCH, engine)(rows)}
+        for row in _gpu_layers(engine=engine)(rows):
+            if row.peak_memory_mib and base.get(row.case):
+                quotients.append(row.peak_memory_mib / base[row.case])
+    return Result(f"{max(quotients):.2f} at worst", max(quotients) <= 1) if quotients else None
+
+
+BN = "Conv2d+BatchNorm2d"
+CPU_BARS = (
+    Bar(
+        f"training step, dropout 0, channels_last / {BN}",
+        "<= 1.05 median, none over 1.15",
+        _ratios(lambda rows: rows.layers(names.PLAIN), 1.05, 1.15),
+    ),
+    Bar(
+        "the same, dropout 0.05 (moments)",
+        "<= 1.10 median, none over 1.20",
+        _ratios(lambda rows: rows.layers(names.MOMENTS), 1.10, 1.20),
+    ),
+    Bar(
+        "contiguous, dropout 0.05",
+        "<= 1.20 median, none over 1.35",
+        _ratios(lambda rows: rows.layers(names.MOMENTS, layout="contiguous"), 1.20, 1.35),
+    ),
+    Bar(
+        f"inference, channels_last / {BN} in eval",
+        "<= 1.10 median",
+        _ratios(lambda rows: rows.layers(names.MOMENTS, "inference"), 1.10),
+    ),
+    Bar(
+        "inference, contiguous",
+        "<= 1.10 median",
+        _ratios(lambda rows: rows.layers(names.MOMENTS, "inference", layout="contiguous"), 1.10),
+    ),
+    Bar("unfolded units as published / ours, training, k = 3", ">= 5", _published),
+    Bar("saved by a layer: full-size tensors and one-channel maps", f"2 and <= {MOST_MAPS} maps; no k² tensor", _saved),
+    Bar(
+        "KNResNet-18 training step / its BatchNorm twin",
+        "<= 1.10",
+        _ratios(_network("knresnet18", networks.KNRESNET), 1.10),
+    ),
+    Bar("KNResNet-18 saved activations / its twin", "<= 1.0", _quotient("saved_mib", networks.TWIN, 1.0)),
+    Bar("KNResNet-18 training step / ResNet-18 (half the MACs)", "", _quotient("median_ms", networks.RESNET, None)),
+    Bar("KNResNet-18 saved activations / ResNet-18", "", _quotient("saved_mib", networks.RESNET, None)),
+    Bar(
+        'convert(resnet18, enlarge="none") training step / the original',
+        "<= 1.10",
+        _ratios(_network("resnet18", networks.CONVERTED), 1.10),
+    ),
+    Bar("statistics of k = 3 to 7 / k = 2, at most", "<= 1.15", _flat),
+    Bar("KNResNet-18 compiled / eager training step", "0 breaks, <= 1.0", _compiled),
+)
+GPU_BARS = (
+    Bar(f"GPU, bf16, channels_last, compiled / {BN}", "<= 1.0 median", _ratios(_gpu_layers(engine="compiled"), 1.0)),
+    Bar("GPU, bf16, channels_last, eager", "<= 1.15 median", _ratios(_gpu_layers(), 1.15)),
+    Bar(f"GPU, bf16, peak memory / {BN}", "<= 1.0", _gpu_peak),
+)
+
+
+def _replaced(path: Path, content: str) -> str:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise KNPortError(f"{path}: expected the line {BEGIN!r} once and after it the line {END!r} once")
+    return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{content}\n\n{text[text.index(END) :]}"

@@ -1,0 +1,95 @@
+"""`python -m experiments.benchmarks run`: measure the cases of the named benchmarks, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from experiments.benchmarks import growth, layers, networks, published
+from experiments.benchmarks.measure import LAYOUTS, Case, Setting, run_case
+from experiments.benchmarks.options import Options
+from experiments.benchmarks.rows import OUT, Row, append
+from knport.errors import KNPortError, UnknownName
+
+BENCHMARKS: dict[str, Callable[[Options], Iterator[Case]]] = {
+    "layers": layers.cases,
+    "growth": growth.cases,
+    "networks": networks.cases,
+    "compile": networks.compile_cases,
+    "table6": published.table6,
+    "table8": published.table8,
+}
+COMPILING = ("compile",)
+QUICK_OUT = Path("runs") / "benchmarks" / "quick.csv"
+
+
+def run(
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    *,
+    threads: int = 2,
+    out: Path | None = None,
+    quick: bool = False,
+    device: Literal["cpu", "cuda"] = "cpu",
+    engine: Literal["eager", "compiled"] = "eager",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    layouts: Annotated[tuple[Literal["channels_last", "contiguous"], ...], tyro.conf.arg(metavar="LAYOUT ...")] = tuple(
+        LAYOUTS
+    ),
+    seconds: float | None = None,
+    full: bool = False,
+) -> None:
+    """Measure, and append one row per variant to the CSV.
+
+    Args:
+        names: layers, growth, networks, compile, table6, table8; none means all, and with the eager engine all but
+            compile.
+        threads: of PyTorch on the CPU.
+        out: the CSV; rows are appended. None for the committed one, or for runs/benchmarks/quick.csv with --quick.
+        quick: one tiny case of each kind, a few rounds: to see that everything runs, not to quote.
+        device: cpu or cuda.
+        engine: eager or compiled; compile measures both whatever this says.
+        dtype: bfloat16 and float16 run under autocast.
+        layouts: of the layers benchmark; the others are channels_last.
+        seconds: of every case's rounds, in place of what the benchmark says.
+        full: the papers' sizes in table6 and table8 on a CPU too.
+    """
+    chosen = _chosen(names, engine)
+    if threads < 1:
+        raise KNPortError(f"--threads {threads}; expected at least 1")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise KNPortError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    torch.set_num_threads(threads)
+    options = Options(device=device, engine=engine, layouts=layouts, quick=quick, full=full)
+    short = 0.2 if quick else None
+    setting = Setting(
+        device=device, dtype=dtype, seconds=short if seconds is None else seconds, rounds=3 if quick else 7
+    )
+    out = out or (QUICK_OUT if quick else OUT)
+    begin = time.perf_counter()
+    for name in chosen:
+        for case in BENCHMARKS[name](options):
+            rows = run_case(case, setting)
+            append(out, rows)
+            print(_progress(case, rows, time.perf_counter() - begin), flush=True)
+
+
+def _chosen(names: tuple[str, ...], engine: str) -> tuple[str, ...]:
+    for name in names:
+        if name not in BENCHMARKS:
+            raise UnknownName("benchmark", name, BENCHMARKS)
+    return names or tuple(name for name in BENCHMARKS if engine == "compiled" or name not in COMPILING)
+
+
+def _progress(case: Case, rows: list[Row], seconds: float) -> str:
+    """A line for the case and one for each variant."""
+    lines = [f"[{seconds:4.0f} s] {case.benchmark}: {case.name}, {case.mode}, {case.layout}"]
+    for row in rows:
+        time_text = "-" if row.median_ms is None else f"{row.median_ms:.2f} ms"
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f} ({row.ratio_q25:.3f}-{row.ratio_q75:.3f}) {row.baseline}"
+        lines.append(f"  {row.variant:32} {time_text:>12}  {ratio}{'  ' if ratio else ''}{row.note}".rstrip())
+    return "\n".join(lines)
