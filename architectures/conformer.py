@@ -17,13 +17,15 @@ Kernel normalization stands in front of each layer that the original normalizes 
 Projection and average commute, so that nothing but the norm tells `down` from the original's order. The outer kernels
 of the bottlenecks come in two forms:
 
+    window   1 x 1 and the widths of the original, with units of 3 x 3 (`norm_window`): its parameters less those of its
+             norms, and 2 to 3 % fewer MACs, since `down` projects behind the pool.
     pair     2 x 2, as in the KNResNets, padded on opposite sides, with the inner width at which a bottleneck and its
-             coupling unit have the original's parameters; MACs are 1 to 6 % more (9 % at 32 x 32).
-    window   1 x 1 and the widths of the original, hence its parameters and MACs (2 to 3 % less), with units of 3 x 3
-             (`norm_window`). These are the networks whose names end in ``_macs``.
+             coupling unit have the original's parameters; MACs are 1 to 6 % more (9 % at 32 x 32). These are the
+             networks whose names end in ``_pair``.
 
-Strided shortcuts have 1 x 1 kernels in both. The original adds the class token to itself in every block; here it passes
-by the couplings unchanged, since a KernelNorm would have to take back a factor of two thousand.
+The first is the default: inner maps half as wide are a narrow bridge between the branches (11 channels in the first
+stage of Ti). Strided shortcuts have 1 x 1 kernels in both. The original adds the class token to itself in every block;
+here it passes by the couplings unchanged, since a KernelNorm would have to take back a factor of two thousand.
 
 `forward` gives the mean of the two classifiers' logits, one tensor, as at the original's test time. The original trains
 on the sum of their two losses: ``sum(cross_entropy(logits, target) for logits in model.forward_heads(images))``.
@@ -78,6 +80,11 @@ class TwoHeads(nn.Module):
         super().__init__()
         self.conv = init_linear(nn.Linear(channels, num_classes))
         self.transformer = init_linear(nn.Linear(embed, num_classes))
+
+    @property
+    def weight(self) -> Tensor:
+        """(num_classes, C + E): of both side by side, what a single linear layer would have."""
+        return torch.cat([self.conv.weight, self.transformer.weight], 1)
 
     def both(self, features: Tensor) -> tuple[Tensor, Tensor]:
         of_map, of_token = features.split([self.conv.in_features, self.transformer.in_features], 1)
@@ -176,7 +183,7 @@ class Conformer(ClassifierHead, nn.Module):
         return height // self.patch_size, width // self.patch_size
 
 
-def _build(ratio: float, embed: int, heads: int, *, form: str = "pair", dropout: float = 0.05, **kwargs) -> Conformer:
+def _build(ratio: float, embed: int, heads: int, *, form: str = "window", dropout: float = 0.05, **kwargs) -> Conformer:
     return Conformer(KNParts(form, dropout), ratio, embed, heads, **kwargs)
 
 
@@ -188,35 +195,35 @@ def knconformer_test(**kwargs) -> Conformer:
 
 @register(original="baseline_conformer_tiny")
 def knconformer_tiny(**kwargs) -> Conformer:
-    """KN-Conformer-Ti: 23.48 M parameters, 5.24 G MACs at 224 x 224."""
+    """KN-Conformer-Ti: 23.49 M parameters, 5.13 G MACs at 224 x 224."""
     return _build(1, 384, 6, **kwargs)
 
 
 @register(original="baseline_conformer_small")
 def knconformer_small(**kwargs) -> Conformer:
-    """KN-Conformer-S: 37.62 M parameters, 11.20 G MACs at 224 x 224."""
+    """KN-Conformer-S: 37.62 M parameters, 10.27 G MACs at 224 x 224."""
     return _build(4, 384, 6, **kwargs)
 
 
 @register(original="baseline_conformer_base")
 def knconformer_base(**kwargs) -> Conformer:
-    """KN-Conformer-B: 83.16 M parameters, 24.71 G MACs at 224 x 224."""
+    """KN-Conformer-B: 83.21 M parameters, 22.58 G MACs at 224 x 224."""
     return _build(6, 576, 9, **kwargs)
 
 
 @register(original="baseline_conformer_tiny")
-def knconformer_tiny_macs(**kwargs) -> Conformer:
-    """KN-Conformer-Ti with the original's kernels: 23.49 M parameters, 5.13 G MACs at 224 x 224."""
-    return _build(1, 384, 6, form="window", **kwargs)
+def knconformer_tiny_pair(**kwargs) -> Conformer:
+    """KN-Conformer-Ti with enlarged kernels: 23.48 M parameters, 5.24 G MACs at 224 x 224."""
+    return _build(1, 384, 6, form="pair", **kwargs)
 
 
 @register(original="baseline_conformer_small")
-def knconformer_small_macs(**kwargs) -> Conformer:
-    """KN-Conformer-S with the original's kernels: 37.62 M parameters, 10.27 G MACs at 224 x 224."""
-    return _build(4, 384, 6, form="window", **kwargs)
+def knconformer_small_pair(**kwargs) -> Conformer:
+    """KN-Conformer-S with enlarged kernels: 37.62 M parameters, 11.20 G MACs at 224 x 224."""
+    return _build(4, 384, 6, form="pair", **kwargs)
 
 
 @register(original="baseline_conformer_base")
-def knconformer_base_macs(**kwargs) -> Conformer:
-    """KN-Conformer-B with the original's kernels: 83.21 M parameters, 22.58 G MACs at 224 x 224."""
-    return _build(6, 576, 9, form="window", **kwargs)
+def knconformer_base_pair(**kwargs) -> Conformer:
+    """KN-Conformer-B with enlarged kernels: 83.16 M parameters, 24.71 G MACs at 224 x 224."""
+    return _build(6, 576, 9, form="pair", **kwargs)

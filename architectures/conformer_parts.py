@@ -80,13 +80,13 @@ class KNParts:
     """What a kernel normalized Conformer is made of.
 
     Args:
-        form: of the bottlenecks, "pair" or "window".
+        form: of the bottlenecks, "window" or "pair".
         dropout: p of every KNConv and KNLinear.
     """
 
     def __init__(self, form: str, dropout: float):
         if form not in ("pair", "window"):
-            raise KNPortError(f"form={form!r}; expected 'pair' (2 x 2 kernels) or 'window' (1 x 1 kernels)")
+            raise KNPortError(f"form={form!r}; expected 'window' (1 x 1 kernels) or 'pair' (2 x 2 kernels)")
         self.form, self.dropout = form, dropout
 
     def inner(self, in_channels: int, channels: int, embed: int) -> int:
