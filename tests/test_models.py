@@ -47,6 +47,35 @@ def test_the_last_kernel_norm_has_more_dropout():
     assert [module.dropout for module in model.modules() if isinstance(module, KERNEL_NORMS)] == [0.25]
 
 
+@pytest.mark.parametrize(
+    ("name", "dropout", "conv", "last"),
+    [
+        ("dp_knresnet13", None, 0.1, 0.5),
+        ("dp_knresnet13", 0.05, 0.05, 0.25),
+        ("dp_knresnet13", 0.2, 0.2, 0.5),
+        ("dp_knresnet8", None, 0.1, 0.25),
+        ("dp_knresnet8", 0.05, 0.05, 0.125),
+        ("kncifar_resnet8x2", None, 0.05, 0.25),
+        ("kncifar_resnet8x2", 0.02, 0.02, 0.1),
+        ("knvit_test", 0.02, 0.02, 0.1),
+    ],
+)
+def test_the_last_kernel_norm_keeps_its_published_share(name, dropout, conv, last):
+    model = build(name, num_classes=4, image_size=32, dropout=dropout)
+    kernel = [module for module in model.modules() if isinstance(module, (*KN_CONVS, *KERNEL_NORMS, knport.KNLinear))]
+    assert {module.dropout for module in kernel if not isinstance(module, KERNEL_NORMS)} == {conv}
+    assert kernel[-1].dropout == pytest.approx(last)
+
+
+def test_a_dropout_asked_for_leaves_the_initial_weights():
+    torch.manual_seed(0)
+    as_built = build("kncifar_resnet8x2", num_classes=4, image_size=32)
+    torch.manual_seed(0)
+    asked = build("kncifar_resnet8x2", num_classes=4, image_size=32, dropout=0.2)
+    for a, b in zip(as_built.parameters(), asked.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_dropout_zero_is_deterministic():
     model = build("knresnet18", num_classes=4, image_size=32, dropout=0.0).train()
     x = torch.rand(1, 3, 32, 32)
