@@ -98,7 +98,7 @@ def load(folder: str | os.PathLike, *, base: Factory | None = None) -> nn.Module
         >>> model = knport.load("resnet50-kn")
     """
     folder = Path(folder)
-    recipe = read_recipe(_text(folder / RECIPE), str(folder / RECIPE))
+    recipe = recipe_in(folder)
     weights = _weights(folder / WEIGHTS, recipe.weights)
     if recipe.base.own:
         _check_factory(base, recipe.base.name)
@@ -109,15 +109,10 @@ def load(folder: str | os.PathLike, *, base: Factory | None = None) -> nn.Module
     return model.train(recipe.training)
 
 
-def origin_in(folder: str | os.PathLike) -> Origin:
-    """How the original of a saved model is built."""
+def recipe_in(folder: str | os.PathLike) -> Recipe:
+    """How a saved model is built, without its weights."""
     path = Path(folder) / RECIPE
-    return read_recipe(_text(path), str(path)).base
-
-
-def is_saved(path: str | os.PathLike) -> bool:
-    """Whether a folder holds, or should hold, a saved model."""
-    return Path(path).is_dir()
+    return read_recipe(_text(path), str(path))
 
 
 def _rebuilt(model: nn.Module, recipe: Recipe) -> nn.Module:

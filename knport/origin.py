@@ -82,7 +82,8 @@ def named(name: str) -> Callable[..., nn.Module]:
     """
     library, _, rest = name.partition("/")
     if library not in _LIBRARIES:
-        raise UnknownName("model", name, list_names() if not rest else [f"{lib}/{rest}" for lib in _LIBRARIES])
+        everywhere = list_names()
+        raise UnknownName("model", name, [n for n in everywhere if n.endswith(f"/{rest or name}")] or everywhere)
     names, create = _LIBRARIES[library]
     known = names()
     if rest not in known:
@@ -144,6 +145,12 @@ def _library(name: str):
         raise KNPortError(f"{name} is not installed here; {hint}") from error
 
 
+def _timm_names() -> list[str]:
+    """Its own: the networks of architectures are registered there too once they are imported."""
+    timm = _library("timm")
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm.")]
+
+
 def _create_torchvision(name: str, **kwargs) -> nn.Module:
     models = _library("torchvision").models
     builder = models.get_model_builder(name)
@@ -158,7 +165,7 @@ _LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[..., nn.Module]]] 
         lambda name, **kwargs: _library("architectures").create_model(name, **kwargs),
     ),
     "timm": (
-        lambda: _library("timm").list_models(),
+        _timm_names,
         lambda name, **kwargs: _library("timm").create_model(name, **kwargs),
     ),
     "torchvision": (lambda: _library("torchvision").models.list_models(), _create_torchvision),
