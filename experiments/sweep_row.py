@@ -10,7 +10,8 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class SweepRow:
         left_why: verdicts of the BatchNorms that are left.
         absorbed, kernelnorm, kept_norms, knconv, kept_convs, knlinear: verdicts.
         kept_why: the reasons of kept norms, and how many of each.
-        shapes: "equal" in both modes, at the sizes and batch sizes of `sizes`; else what differs.
-        sizes: pixels per side, batch sizes.
+        shapes: "equal" in both modes, at both of `sizes`; else what differs.
+        sizes: images x pixels per side, twice; a network that takes one size only has that twice.
         no_gradient: parameters without a gradient that have one, or do not exist, in the original.
         seconds: of plan and apply.
         error: what was raised, empty if nothing.
@@ -75,7 +76,7 @@ class SweepRow:
     error: str = ""
 
 
-COLUMNS = tuple(field.name for field in fields(SweepRow))
+COLUMNS = tuple(column.name for column in fields(SweepRow))
 
 
 def examine(network: Network) -> SweepRow:
@@ -101,17 +102,15 @@ def _built(network: Network, device: str) -> nn.Module:
 
 def _examine(row: SweepRow, model: nn.Module, network: Network, device: str) -> None:
     made, new = _convert(row, model)
-    side = (made.input_shape or (2, 3, 224, 224))[-1]
-    if network.task == "detection":
-        side = 96
-    called = _called(copy_onto(model, device), network.task, side, made.input_shape, device)
+    side = 96 if network.task == "detection" else (made.input_shape or (2, 3, 224, 224))[-1]
+    twins = _Twins(copy_onto(model, device), copy_onto(new, device), network.task, made.input_shape, device)
+    called = twins.called
+    row.shapes, row.sizes = _shapes(twins, side)
+    row.no_gradient = twins.no_gradient()
     planned = {v.path for v in made.verdicts if v.kind == "norm"}
     planned |= {path.rpartition(".")[2] for path in planned if path.endswith("()")}
     row.norms_called, row.norms_planned = len(called), len(planned)
     row.norms_missing = "; ".join(sorted(called - planned))
-    twins = copy_onto(model, device), copy_onto(new, device)
-    row.shapes, row.sizes = _shapes(*twins, network.task, side, made.input_shape, device)
-    row.no_gradient = _gradients(*twins, network.task, side, made.input_shape, device)
 
 
 def _convert(row: SweepRow, model: nn.Module) -> tuple[Plan, nn.Module]:
@@ -142,14 +141,73 @@ def _counted(reasons: Iterator[str]) -> str:
 # --- runs
 
 
-def _inputs(task: str, batch: int, side: int, shape: tuple | None, device: str, training: bool) -> tuple:
-    """What the network's forward takes."""
-    if task == "detection":
-        images = [torch.rand(3, side, side) for _ in range(batch)]
-        return (images, [_target(side) for _ in images]) if training else (images,)
-    sizes = (*shape[1:-2], side, side) if shape is not None and len(shape) > 3 else (3, side, side)
-    x = torch.rand(batch, *sizes, device=device)
-    return (x, x) if task == "optical_flow" else (x,)
+@dataclass
+class _Twins:
+    """A network and its conversion, to be run on the same inputs."""
+
+    old: nn.Module
+    new: nn.Module
+    task: str
+    shape: tuple[int, ...] | None
+    device: str
+    called: set[str] = field(default_factory=set)
+    inside: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        """Collect the paths of the norms of `old` that are called; functions that normalize are added as it runs."""
+        for path, module in self.old.named_modules():
+            if _is_norm(module):
+                module.register_forward_pre_hook(lambda *_, path=path: self.inside.append(path))
+                module.register_forward_hook(lambda *_: self.called.add(self.inside.pop()))
+
+    def accepts(self, size: int) -> bool:
+        """Whether the original takes this size."""
+        try:
+            with torch.no_grad():
+                self.old.eval()(*self._inputs(2, size, training=False))
+        except Exception:  # many networks are built for one size, and say so in many ways
+            self.inside.clear()
+            return False
+        return True
+
+    def compare(self, batch: int, size: int, training: bool, gradients: bool) -> str:
+        """What differs between the outputs; with `gradients`, these are taken too."""
+        args, signatures = self._inputs(batch, size, training), []
+        for model in (self.old, self.new):
+            watch = _Functional(self.inside, self.called) if model is self.old else nullcontext()
+            with torch.set_grad_enabled(gradients), watch:
+                out = model.train(training)(*args)
+            signatures.append(_signature(out, self.task))
+            if gradients:
+                leaves = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+                sum(leaf.float().sum() for leaf in leaves).backward()
+        if signatures[0] == signatures[1]:
+            return ""
+        return f"{size} pixels, {batch} images, training={training}: {signatures}"[:200]
+
+    def no_gradient(self) -> str:
+        """Parameters of the conversion without a gradient that the original has one for, or does not have."""
+        old, new = ({n for n, p in m.named_parameters() if p.grad is None} for m in (self.old, self.new))
+        return "; ".join(sorted(new - old))
+
+    def _inputs(self, batch: int, side: int, training: bool) -> tuple:
+        if self.task == "detection":
+            images = [torch.rand(3, side, side) for _ in range(batch)]
+            return (images, [_target(side) for _ in images]) if training else (images,)
+        sizes = (*self.shape[1:-2], side, side) if self.shape and len(self.shape) > 3 else (3, side, side)
+        x = torch.rand(batch, *sizes, device=self.device)
+        return (x, x) if self.task == "optical_flow" else (x,)
+
+
+def _shapes(twins: _Twins, side: int) -> tuple[str, str]:
+    """Whether the outputs have the same shapes in both modes at two sizes and batch sizes, and at which."""
+    second = side + 32 if twins.accepts(side + 32) else side
+    different = []
+    for batch, size in zip(BATCHES, (side, second), strict=True):
+        for training in (False, True):
+            different.append(twins.compare(batch, size, training, gradients=training and batch == BATCHES[0]))
+    asked = f"{BATCHES[0]} x {side}, {BATCHES[1]} x {second}"
+    return "; ".join(filter(None, different)) or "equal", asked
 
 
 def _target(side: int) -> dict[str, Tensor]:
@@ -163,19 +221,14 @@ def _target(side: int) -> dict[str, Tensor]:
     }
 
 
-def _called(model: nn.Module, task: str, side: int, shape: tuple | None, device: str) -> set[str]:
-    """Paths of the norms that are called in evaluation or training, and of functions that normalize outside them."""
-    called: set[str] = set()
-    inside: list[str] = []
-    for path, module in model.named_modules():
-        if _is_norm(module):
-            module.register_forward_pre_hook(lambda *_, path=path: inside.append(path))
-            module.register_forward_hook(lambda *_: called.add(inside.pop()))
-    counter = _Functional(inside)
-    with torch.no_grad(), counter:
-        for training in (False, True):
-            model.train(training)(*_inputs(task, 2, side, shape, device, training))
-    return called | counter.seen
+def _signature(out: Any, task: str) -> list[tuple[str, tuple]]:
+    """Names and shapes of all tensors; how many boxes a detector finds is a matter of its weights."""
+    leaves = pytree.tree_flatten_with_path(out)[0]
+    first = 1 if task == "detection" else 0
+    return [(pytree.keystr(path), tuple(leaf.shape)[first:]) for path, leaf in leaves if isinstance(leaf, Tensor)]
+
+
+# --- norms
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -190,51 +243,12 @@ def _is_norm(module: nn.Module) -> bool:
 class _Functional(TorchFunctionMode):
     """Notes the functions that normalize while no norm module is being executed."""
 
-    def __init__(self, inside: list[str]):
+    def __init__(self, inside: list[str], seen: set[str]):
         super().__init__()
-        self.inside, self.seen = inside, set()
+        self.inside, self.seen = inside, seen
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
         if name in _FUNCTIONAL and not self.inside:
             self.seen.add(f"{name}()")
         return function(*args, **(kwargs or {}))
-
-
-def _shapes(old: nn.Module, new: nn.Module, task: str, side: int, shape: tuple | None, device: str) -> tuple[str, str]:
-    """Whether the outputs have the same shapes, and where that was asked."""
-    asked, different = [], []
-    for size in (side, side + 32):
-        try:
-            with torch.no_grad():
-                old.eval()(*_inputs(task, 2, size, shape, device, False))
-        except Exception:  # many networks are built for one size
-            continue
-        asked.append(str(size))
-        for batch in BATCHES:
-            for training in (False, True):
-                with torch.no_grad():
-                    args = _inputs(task, batch, size, shape, device, training)
-                    results = [_signature(model.train(training)(*args), task) for model in (old, new)]
-                if results[0] != results[1]:
-                    different.append(f"{size} pixels, {batch} images, training={training}: {results}"[:200])
-    return "; ".join(different) or "equal", f"{' '.join(asked)} at {' '.join(map(str, BATCHES))}"
-
-
-def _signature(out: Any, task: str) -> list[tuple[str, tuple]]:
-    """Names and shapes of all tensors; how many boxes a detector finds is a matter of its weights."""
-    leaves = pytree.tree_flatten_with_path(out)[0]
-    first = 1 if task == "detection" else 0
-    return [(pytree.keystr(path), tuple(leaf.shape)[first:]) for path, leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _gradients(old: nn.Module, new: nn.Module, task: str, side: int, shape: tuple | None, device: str) -> str:
-    """Parameters of `new` without a gradient that `old` has one for, or does not have."""
-    args, without = _inputs(task, 2, side, shape, device, True), []
-    for model in (old, new):
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        leaves = [leaf for leaf in pytree.tree_leaves(model.train()(*args)) if isinstance(leaf, Tensor)]
-        sum(leaf.float().sum() for leaf in leaves if leaf.requires_grad).backward()
-        without.append({name for name, p in model.named_parameters() if p.grad is None})
-    return "; ".join(sorted(without[1] - without[0]))
