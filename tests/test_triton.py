@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from knport import functional
-from knport.functional import naive
-from knport.functional.geometry import ntuple, padding_pairs
-from knport.kernels import dispatch, eager
+from knport.functional import efficient, naive
+from knport.geometry import Box, ntuple, padding_pairs
+from knport.kernels import dispatch
+from knport.kernels.cpu_units import Units
 
 HERE = Path(__file__)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,6 +86,28 @@ def make(geometry, dtype=torch.float64, memory_format=None):
         inputs[0] = inputs[0].to(memory_format=memory_format)
     settings = {"stride": stride, "padding": padding, "dilation": dilation, "norm_window": window}
     return [t.requires_grad_() for t in inputs], settings
+
+
+def layer(x, kernel_size, stride=1, padding=0, dilation=1, *, norm_window=None, eps=1e-5, **how):
+    """What there is to know of a layer beside its tensors."""
+    ndim = x.dim() - 2
+    kernel_size, stride, dilation = (ntuple(value, ndim, "") for value in (kernel_size, stride, dilation))
+    kernel = Box(kernel_size, stride, padding_pairs(padding, kernel_size, stride, dilation), dilation)
+    defaults = {"dropout": 0.0, "dropout_form": "moments"}
+    return Units(kernel, efficient._window(kernel, norm_window), eps, **defaults | how)
+
+
+def fused_conv(x, weight, bias, *where, residual=None, activation="none", **how):
+    """`knport.functional.kn_conv` on the Triton kernels, whatever would be chosen."""
+    from knport.functional import gpu
+
+    return gpu.kn_conv(x, weight, bias, layer(x, tuple(weight.shape[2:]), *where, **how), residual, activation)
+
+
+def fused_norm(x, kernel_size, *where, **how):
+    from knport.functional import gpu
+
+    return gpu.kernel_norm(x, layer(x, kernel_size, *where, **how))
 
 
 def doubles(inputs):
@@ -176,10 +199,8 @@ def _jitted(source: str) -> list[str]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_kn_conv_is_its_definition(geometry, form):
-    from knport.functional import fused
-
     inputs, settings = make(geometry)
-    ours = fused.kn_conv(*inputs, **settings, **FORMS[form])
+    ours = fused_conv(*inputs, **settings, **FORMS[form])
     assert_same(ours, inputs, naive.kn_conv(*inputs, **settings, **FORMS[form]), inputs, **TOLERANCE[torch.float64])
 
 
@@ -188,24 +209,26 @@ def test_kn_conv_is_its_definition(geometry, form):
 @pytest.mark.parametrize("form", ["shared", "moments"])  # units of 20 entries draw a mask for both
 def test_kn_conv_under_one_mask(geometry, form, monkeypatch):
     """As the plain operators with the same mask; the definition draws one for the padding too."""
-    from knport.functional import fused
-
     monkeypatch.setattr(dispatch, "WISH", "eager")
     inputs, settings = make(geometry)
     results = []
-    for function in (fused.kn_conv, functional.kn_conv):
+    for function in (fused_conv, functional.kn_conv):
         torch.manual_seed(9)
         results.append(function(*inputs, **settings, dropout=0.3, dropout_form=form))
     assert_same(results[0], inputs, results[1], inputs, **TOLERANCE[torch.float64])
 
 
 def drawn_definition(x, weight, bias, noise, dropout, eps, kernel_size, stride, padding, dilation):
-    """Eq. 4-5 with (mu', var') drawn from the moments of the unfolded units."""
+    """Eq. 4-5 with (mu', var') drawn from the moments of the unfolded units; the draw itself is a constant."""
     pairs = padding_pairs(padding, kernel_size, stride, dilation)
     units = naive.unfold(x, kernel_size, stride, pairs, dilation).flatten(3)  # (N, O, P, n)
-    moments = [units.pow(j).mean(-1).unsqueeze(1) for j in (1, 3, 4)]
-    var = units.var(-1, correction=0).unsqueeze(1)
-    mean, var = eager.draw_statistics(moments[0], var, *moments[1:], *noise, dropout, units.shape[-1])
+    m1, m2, m3, m4 = (units.pow(j).mean(-1).unsqueeze(1) for j in (1, 2, 3, 4))
+    keep, q = 1 - dropout, dropout / ((1 - dropout) * units.shape[-1])
+    shift = (q**0.5 * noise[0]).detach()
+    rest = (q * (m4 - m3**2 / m2)).sqrt() * noise[1]
+    scale = ((m2 + m3 / m2.sqrt() * shift + rest) / (keep * m2)).detach()
+    mean = m1 + shift * m2.sqrt()
+    var = torch.maximum(scale * m2 - mean**2, (mean - m1) ** 2)
     normalized = (units - mean[:, 0, ..., None]) / (var[:, 0, ..., None] + eps).sqrt()
     return torch.einsum("nopi,ci->ncop", normalized, weight.flatten(1)) + bias[:, None, None]
 
@@ -214,7 +237,6 @@ def drawn_definition(x, weight, bias, noise, dropout, eps, kernel_size, stride, 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_kn_conv_under_moments_dropout(dtype, memory_format):
-    from knport.functional import fused
     from knport.kernels import triton_units
     from knport.kernels.triton_support import draw_seed
 
@@ -222,7 +244,7 @@ def test_kn_conv_under_moments_dropout(dtype, memory_format):
     inputs, _ = make(geometry, dtype, memory_format)
     exact = doubles(inputs)
     torch.manual_seed(3)
-    ours = fused.kn_conv(*inputs, dropout=0.1)
+    ours = fused_conv(*inputs, dropout=0.1)
     torch.manual_seed(3)
     noise = triton_units.normals(draw_seed(inputs[0]), torch.empty(2, 1, *ours.shape[2:], device=DEVICE))
     definition = drawn_definition(*exact, noise.double(), 0.1, 1e-5, (2, 2), (1, 1), 0, (1, 1))
@@ -234,12 +256,10 @@ def test_kn_conv_under_moments_dropout(dtype, memory_format):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_dtype_and_layout(dtype, memory_format):
-    from knport.functional import fused
-
     for form in ("none", "expected"):
         inputs, settings = make("strided, one side padded", dtype, memory_format)
         exact = doubles(inputs)
-        ours = fused.kn_conv(*inputs, **settings, **FORMS[form])
+        ours = fused_conv(*inputs, **settings, **FORMS[form])
         assert ours.dtype == dtype
         assert_same(ours, inputs, naive.kn_conv(*exact, **settings, **FORMS[form]), exact, **TOLERANCE[dtype])
 
@@ -260,13 +280,11 @@ NORMS = {
     ("geometry", "dtype"), [*[(g, torch.float64) for g in NORMS], *[("gaps", d) for d in TOLERANCE]]
 )
 def test_kernel_norm_is_its_definition(geometry, dtype):
-    from knport.functional import fused
-
     size, *where = NORMS[geometry]
     x = torch.randn(2, 37, *size, device=DEVICE, dtype=torch.float64).to(dtype).requires_grad_()
     for form in ({}, FORMS["expected"]):
         (exact,) = doubles([x])
-        ours = fused.kernel_norm(x, *where, **form)
+        ours = fused_norm(x, *where, **form)
         assert ours.dtype == dtype
         assert_same(ours, [x], naive.kernel_norm(exact, *where, **form), [exact], **TOLERANCE[dtype])
         if len(size) == 2:
@@ -275,13 +293,12 @@ def test_kernel_norm_is_its_definition(geometry, dtype):
 
 @needs_kernels
 def test_kernel_norm_under_moments_dropout():
-    from knport.functional import fused
     from knport.kernels import triton_units
     from knport.kernels.triton_support import draw_seed
 
     x = torch.randn(2, 37, 7, 5, device=DEVICE, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(3)
-    ours = fused.kernel_norm(x, 2, 2, dropout=0.2)
+    ours = fused_norm(x, 2, 2, dropout=0.2)
     torch.manual_seed(3)
     noise = triton_units.normals(draw_seed(x), x.new_empty(2, 1, 3, 2))
     identity = torch.eye(148, device=DEVICE, dtype=torch.float64).reshape(148, 37, 2, 2)
@@ -297,27 +314,23 @@ def test_kernel_norm_under_moments_dropout():
 @needs_kernels
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu", "mish"])
 def test_residual_and_activation(activation, dtype=torch.float64):
-    from knport.functional import fused
-
     inputs, settings = make("even kernel, one side padded", dtype)
     residual = torch.randn(2, 7, 7, 11, device=DEVICE, dtype=dtype, requires_grad=True)
     exact = doubles([*inputs, residual])
     act = (lambda z: z) if activation == "none" else getattr(F, activation)
     definition = act(naive.kn_conv(*exact[:3], **settings) + exact[3])
-    ours = fused.kn_conv(*inputs, **settings, residual=residual, activation=activation)
+    ours = fused_conv(*inputs, **settings, residual=residual, activation=activation)
     assert_same(ours, [*inputs, residual], definition, exact, **TOLERANCE[dtype])
     definition = act(naive.kn_conv(*exact[:3], **settings))
-    ours = fused.kn_conv(*inputs, **settings, activation=activation)
+    ours = fused_conv(*inputs, **settings, activation=activation)
     assert_same(ours, inputs, definition, exact[:3], **TOLERANCE[dtype])
 
 
 @needs_kernels
 def test_an_unknown_activation_is_named():
-    from knport.functional import fused
-
     inputs, settings = make("plain")
     with pytest.raises(ValueError, match=r"tanh.*relu"):
-        fused.kn_conv(*inputs, **settings, activation="tanh")
+        fused_conv(*inputs, **settings, activation="tanh")
 
 
 # Numerics
@@ -326,14 +339,12 @@ def test_an_unknown_activation_is_named():
 @needs_kernels
 @pytest.mark.parametrize("form", ["none", "expected"])
 def test_large_means(form):
-    from knport.functional import fused
-
     inputs, settings = make("even kernel, one side padded", torch.float32)
     with torch.no_grad():
         inputs[0] += 1000
     settings["padding"] = 0
     exact = doubles(inputs)
-    ours = fused.kn_conv(*inputs, **settings, **FORMS[form])
+    ours = fused_conv(*inputs, **settings, **FORMS[form])
     definition = naive.kn_conv(*exact, **settings, **FORMS[form])
     assert_same(ours, inputs, definition, exact, atol=1e-3, rtol=1e-3)
 
@@ -343,13 +354,11 @@ def test_large_means(form):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_a_constant_unit_yields_the_bias_and_passes_nothing(value, dtype, dropout):
-    from knport.functional import fused
-
     (x, weight, bias), _ = make("several blocks of channels" if value == 0.1 else "small", dtype)
     with torch.no_grad():
         x.fill_(value)
     form = {"dropout": dropout, "dropout_form": "expected" if value else "moments"} if dropout else {}
-    y = fused.kn_conv(x, weight, bias, **form)
+    y = fused_conv(x, weight, bias, **form)
     grad, grad_weight, grad_bias = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
     assert torch.equal(grad_bias, torch.full_like(bias, y.numel() / y.shape[1]))
     if value and dropout:  # the spread that dropout gives a constant unit; centred filters see none
@@ -357,7 +366,7 @@ def test_a_constant_unit_yields_the_bias_and_passes_nothing(value, dtype, dropou
     else:
         assert torch.equal(y, bias[:, None, None].expand_as(y))
         assert not grad.any() and not grad_weight.any()
-    norm = fused.kernel_norm(x, 2, 2)
+    norm = fused_norm(x, 2, 2)
     assert not norm.any()
     assert not torch.autograd.grad(norm, x, torch.ones_like(norm))[0].any()
 
@@ -365,12 +374,10 @@ def test_a_constant_unit_yields_the_bias_and_passes_nothing(value, dtype, dropou
 @needs_kernels
 @pytest.mark.parametrize("scale", [1e-3, 1e-10, 1e-30])
 def test_tiny_inputs(scale):
-    from knport.functional import fused
-
     inputs, settings = make("plain", torch.float32)
     with torch.no_grad():
         inputs[0] *= scale
-    y = fused.kn_conv(*inputs, **settings)
+    y = fused_conv(*inputs, **settings)
     reference = functional.kn_conv(*doubles(inputs), **settings)  # not the definition: flat up to rounding is flat
     assert torch.isfinite(torch.autograd.grad(y.sum(), inputs[0])[0]).all()
     if scale == 1e-3:
@@ -382,15 +389,13 @@ def test_tiny_inputs(scale):
 @needs_kernels
 def test_strided_inputs_and_gradients():
     """Crops, broadcasts and transposes: the kernels take strides as they come."""
-    from knport.functional import fused
-
     (x, weight, bias), settings = make("plain")
     wide = torch.randn(2, 5, 17, 19, device=DEVICE, dtype=torch.float64)
     views = [wide[:, :, 2:13, 3:16].transpose(2, 3), wide[:1, :, :13, :11].expand(3, -1, -1, -1), wide[:, :, ::2, 1::2]]
     for view in views:
         x = view.detach().requires_grad_()
         assert x.stride() == view.stride()
-        ours, definition = (f(x, weight, bias, **settings) for f in (fused.kn_conv, naive.kn_conv))
+        ours, definition = (f(x, weight, bias, **settings) for f in (fused_conv, naive.kn_conv))
         torch.testing.assert_close(ours, definition, **TOLERANCE[torch.float64])
         for cotangent in (torch.ones_like(ours[:1, :1, :1, :1]).expand_as(ours), torch.randn_like(ours.mT).mT):
             mine, theirs = (torch.autograd.grad(y, x, cotangent, retain_graph=True)[0] for y in (ours, definition))
@@ -399,12 +404,10 @@ def test_strided_inputs_and_gradients():
 
 @needs_kernels
 def test_batch_independence():
-    from knport.functional import fused
-
     inputs, settings = make("plain")
     x = inputs[0].detach()
-    whole = fused.kn_conv(x, *inputs[1:], **settings)
-    alone = [fused.kn_conv(image[None], *inputs[1:], **settings) for image in x]
+    whole = fused_conv(x, *inputs[1:], **settings)
+    alone = [fused_conv(image[None], *inputs[1:], **settings) for image in x]
     torch.testing.assert_close(whole, torch.cat(alone), atol=1e-14, rtol=1e-14)  # the convolution may sum otherwise
 
 
@@ -415,16 +418,15 @@ def test_batch_independence():
 def test_the_draw_has_the_moments_of_dropout(monkeypatch):
     """Mean, variance and covariance of (mu', m_2') over many draws for one unit; see kernels/eager.py."""
     from knport.kernels import triton_functions, triton_units
-    from knport.kernels.triton_support import Box, draw_seed
+    from knport.kernels.triton_support import Box3, draw_seed
 
     monkeypatch.setattr(triton_units, "_BLOCK", 4096)
     p, n, draws = 0.2, 96, 40000
     unit = torch.randn(1, n, 1, 1, device=DEVICE, dtype=torch.float64) + 0.7
     m = [unit.pow(j).mean().item() for j in range(5)]
-    _, maps = triton_functions.channel_moments(unit, 4)
-    box = Box.of((1, 1), (1, 1), (1, 1), ((0, 0),) * 2, (1, 1))
-    maps = maps.expand(draws, -1, -1, -1).contiguous()
-    mean, var, _ = triton_functions.unit_statistics(maps, draw_seed(unit), box, triton_units.MOMENTS, p, n, (1, 1))
+    maps = [m.expand(draws, -1, -1, -1).contiguous() for m in triton_functions.channel_moments(unit, True)[1:]]
+    box = Box3.of((1, 1), Box((1, 1), (1, 1), ((0, 0),) * 2, (1, 1)))
+    mean, var, _ = triton_functions.unit_statistics(*maps, draw_seed(unit), box, triton_units.MOMENTS, p, n, (1, 1))
     drawn = torch.stack([mean.flatten(), (var + mean.square()).flatten()])
     q = p / ((1 - p) * n)
     expected = torch.tensor([[q * m[2], q * m[3] / (1 - p)], [q * m[3] / (1 - p), q * m[4] / (1 - p) ** 2]])
@@ -437,28 +439,24 @@ def test_the_draw_has_the_moments_of_dropout(monkeypatch):
 
 @needs_kernels
 def test_the_seed_decides_the_draw():
-    from knport.functional import fused
-
     inputs, settings = make("several blocks of channels", torch.float32)
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        runs.append(fused.kn_conv(*inputs, **settings, dropout=0.1))
+        runs.append(fused_conv(*inputs, **settings, dropout=0.1))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
-    assert not torch.equal(runs[2], fused.kn_conv(*inputs, **settings, dropout=0.1))  # and the next draw is another
+    assert not torch.equal(runs[2], fused_conv(*inputs, **settings, dropout=0.1))  # and the next draw is another
 
 
 @needs_kernels
 def test_checkpointing_draws_the_same_again():
     from torch.utils.checkpoint import checkpoint
 
-    from knport.functional import fused
-
     inputs, settings = make("several blocks of channels", torch.float32)
 
     def layer(x):
-        return fused.kn_conv(x, *inputs[1:], **settings, dropout=0.3)
+        return fused_conv(x, *inputs[1:], **settings, dropout=0.3)
 
     gradients = []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
@@ -476,19 +474,17 @@ def test_checkpointing_draws_the_same_again():
 @needs_kernels
 @pytest.mark.parametrize("form", [{}, FORMS["expected"], {"dropout": 0.2, "dropout_form": "moments"}])
 def test_double_backward(form):
-    from knport.functional import fused
-
     x = torch.randn(1, 17, 3, 2, device=DEVICE, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 17, 2, 2, device=DEVICE, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, device=DEVICE, dtype=torch.float64, requires_grad=True)
 
     def layer(x, weight, bias):
         torch.manual_seed(1)
-        return fused.kn_conv(x, weight, bias, padding=((0, 1), (0, 0)), activation="silu", **form)
+        return fused_conv(x, weight, bias, padding=((0, 1), (0, 0)), activation="silu", **form)
 
     def norm(x):
         torch.manual_seed(1)
-        return fused.kernel_norm(x, (2, 2), (2, 2), **form)
+        return fused_norm(x, (2, 2), (2, 2), **form)
 
     torch.autograd.gradgradcheck(layer, (x, weight, bias), fast_mode=True)
     torch.autograd.gradgradcheck(norm, (x,), fast_mode=True)
@@ -496,12 +492,10 @@ def test_double_backward(form):
 
 @needs_kernels
 def test_autocast_keeps_float32_for_statistics():
-    from knport.functional import fused
-
     inputs, settings = make("plain", torch.float32)
     exact = doubles(inputs)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        ours = fused.kn_conv(*inputs, **settings)
+        ours = fused_conv(*inputs, **settings)
     assert ours.dtype == torch.bfloat16
     grads = torch.autograd.grad(ours.float().sum(), inputs, retain_graph=True)
     assert all(g.dtype == torch.float32 for g in grads)
@@ -512,15 +506,13 @@ def test_autocast_keeps_float32_for_statistics():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_compile_without_graph_breaks(dropout, monkeypatch):
     """The operators trace, with their derivatives: the same values as outside of the compiler."""
-    from knport.functional import fused
-
     monkeypatch.setattr(dispatch, "WISH", "triton")
     inputs, _ = make("several blocks of channels", torch.float32)
 
     def network(x, weight, bias):
-        y = fused.kn_conv(x, weight, bias, padding=1, dropout=dropout, activation="relu")
-        y = fused.kn_conv(y, weight[:, :67], bias, dropout=0.0, residual=y[..., 1:, 1:])
-        return fused.kernel_norm(y, 1, dropout=dropout)
+        y = fused_conv(x, weight, bias, padding=1, dropout=dropout, activation="relu")
+        y = fused_conv(y, weight[:, :67], bias, dropout=0.0, residual=y[..., 1:, 1:])
+        return fused_norm(y, 1, dropout=dropout)
 
     # the interpreter has no kernel that inductor could generate code for
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
@@ -542,19 +534,20 @@ def test_compile_without_graph_breaks(dropout, monkeypatch):
 def test_operators_are_what_they_are_registered_as():
     """Schema, fake results and derivative of every operator, by PyTorch's own checks."""
     from knport.kernels import triton_ops, triton_units
-    from knport.kernels.triton_support import Box
+    from knport.kernels.triton_support import Box3
 
     x = torch.randn(2, 17, 5, 7, device=DEVICE, requires_grad=True)
-    box = Box.of((5, 7), (2, 2), (2, 2), ((0, 0), (0, 1)), (1, 1)).flat()
+    box = Box3.of((5, 7), Box((2, 2), (2, 2), ((0, 0), (0, 1)), (1, 1))).flat()
     seed = torch.ones(1, dtype=torch.int64, device=DEVICE)
-    maps = triton_ops._channel_moments(x.detach(), 4).requires_grad_()
+    maps, higher = triton_ops._channel_moments(x.detach(), True)
+    maps.requires_grad_()
     where = (box, triton_units.MOMENTS, 0.1, 68)
-    rows = triton_ops._unit_statistics(maps.detach(), seed, *where, (2, 4))
+    rows = triton_ops._unit_statistics(maps.detach(), higher, seed, *where, (2, 4))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator, arguments in [
-        (triton_ops._channel_moments, (x, 4)),
-        (triton_ops._unit_statistics, (maps, seed, *where, (2, 4))),
-        (triton_ops._unit_statistics_backward, (maps.detach(), rows, seed, rows[:3], *where)),
+        (triton_ops._channel_moments, (x, True)),
+        (triton_ops._unit_statistics, (maps, higher, seed, *where, (2, 4))),
+        (triton_ops._unit_statistics_backward, (maps.detach(), rows, rows[:3], *where)),
         (triton_ops._kernel_norm, (x, seed, *where, 1e-5, (2, 4), (4, 8))),
     ]:
         torch.library.opcheck(operator, arguments, test_utils=checks)
@@ -571,38 +564,44 @@ def test_operators_are_what_they_are_registered_as():
 
 def test_the_plain_operators_run_on_a_cpu(monkeypatch):
     x = torch.randn(2, 3, 5, 5)
+    how = layer(x, 3)
     monkeypatch.setattr(dispatch, "WISH", "auto")
-    assert dispatch.backend(x).name == "eager"
+    assert dispatch.backend(x, how).name == "eager"
     if HAS_TRITON:
-        assert "cpu" in dispatch.backend(x).reason
+        assert "cpu" in dispatch.backend(x, how).reason
     monkeypatch.setattr(dispatch, "WISH", "eager")
-    assert dispatch.backend(x) == ("eager", "KNPORT_KERNELS=eager")
+    assert dispatch.backend(x, how) == ("eager", "KNPORT_KERNELS=eager")
 
 
 @needs_kernels
 def test_the_reason_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "WISH", "triton")
     x = torch.randn(2, 4, 5, 5, device=DEVICE)
-    assert dispatch.backend(x).name == "triton"
-    for how, reason in [
-        ({"groups": 2}, "groups=2"),
-        ({"padding_mode": "reflect"}, "reflect"),
-        ({"dropout": 0.1, "dropout_form": "unit"}, "unit"),
-        ({"statistics_given": True}, "beforehand"),
-        ({"overlapping": True}, "overlap"),
-    ]:
-        name, said = dispatch.backend(x, **how)
-        assert name == "eager" and reason in said
-    assert "empty" in dispatch.backend(x[:0]).reason
-    assert "int" in dispatch.backend(x.to(torch.int32)).reason
+    weight = torch.randn(3, 4, 2, 2, device=DEVICE)
+    conv, norm = layer(x, 2), layer(x, 2, 2)
+    assert dispatch.backend(x, conv, weight, None).name == "triton"
+    assert dispatch.backend(x, norm, norm=True).name == "triton"
     said = []
-    torch.func.vmap(lambda v: (said.append(dispatch.backend(v[None])), v)[1])(x)
-    assert said[0].name == "eager" and "torch.func" in said[0].reason
+    torch.func.vmap(lambda v: (said.append(dispatch.backend(v[None], conv)), v)[1])(x)
+    for (name, reason), expected in [
+        (dispatch.backend(x, conv._replace(groups=2)), "groups=2"),
+        (dispatch.backend(x, conv._replace(padding_mode="reflect")), "reflect"),
+        (dispatch.backend(x, layer(x, 2, dropout=0.1, dropout_form="unit")), "unit"),
+        (dispatch.backend(x, conv, statistics_given=True), "beforehand"),
+        (dispatch.backend(x, conv, norm=True), "overlap"),
+        (dispatch.backend(x, layer(x, 2, 2, dropout=0.1), norm=True), "64"),
+        (dispatch.backend(x, layer(x, 2, 2, dropout=0.1, dropout_form="shared"), norm=True), "shared"),
+        (dispatch.backend(x[:0], conv), "empty"),
+        (dispatch.backend(x.to(torch.int32), conv), "int32"),
+        (dispatch.backend(x, conv, weight.double()), "float64"),
+        (said[0], "torch.func"),
+    ]:
+        assert name == "eager" and expected in reason
 
 
 def test_a_wrong_wish_is_named():
     done = subprocess.run(
-        [sys.executable, "-c", "import knport.kernels.dispatch"],
+        [sys.executable, "-c", "import knport.functional, knport.kernels.dispatch"],
         env={**os.environ, "KNPORT_KERNELS": "cuda"}, capture_output=True, text=True, cwd=HERE.parents[1],
     )  # fmt: skip
     assert done.returncode and "KNPORT_KERNELS" in done.stderr and "eager" in done.stderr

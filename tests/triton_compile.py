@@ -15,10 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from knport.functional.geometry import output_size
+from knport.geometry import Box, output_size
 from knport.kernels import triton_epilogue, triton_filters, triton_moments, triton_norm
 from knport.kernels import triton_units as units
-from knport.kernels.triton_support import Box
+from knport.kernels.triton_support import Box3
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -64,17 +64,16 @@ def tensors(dtype, memory_format, size=(2, 48, 16, 16)):
 def convolution(dtype, memory_format, dropout: int, activation: str, residual: bool) -> None:
     x = tensors(dtype, memory_format)
     wide = torch.promote_types(dtype, torch.float32)
-    order = 4 if dropout == units.MOMENTS else 2
-    maps = torch.empty((2, order, 16, 16), dtype=wide)
-    triton_moments.channel_moments(x, order, compiling)
+    maps = torch.empty((2, 2, 16, 16), dtype=wide)
+    triton_moments.channel_moments(x, dropout == units.MOMENTS, compiling)
     triton_moments.channel_moments_backward(x, maps, maps, x, compiling)
-    place = ((3, 3), (2, 2), ((1, 1), (0, 1)), (1, 1))
+    place = Box((3, 3), (2, 2), ((1, 1), (0, 1)), (1, 1))
     out = output_size((16, 16), *place)
-    box = Box.of((16, 16), *place)
+    box = Box3.of((16, 16), place)
     seed = torch.zeros(1, dtype=torch.int64)
-    rows = units.unit_statistics(maps, seed, box, dropout, 0.05, 432, out, compiling)
+    rows = units.unit_statistics(maps, maps, seed, box, dropout, 0.05, 432, out, compiling)
     own = rows[2] if dropout == units.MOMENTS else None
-    units.unit_statistics_backward(maps, rows, seed, rows[0], rows[1], own, box, dropout, 0.05, 432, compiling)
+    units.unit_statistics_backward(maps, rows, rows[0], rows[1], own, box, dropout, 0.05, 432, compiling)
     weight = torch.empty(48, 48, 3, 3, dtype=wide)
     used, sums = triton_filters.centre_filters(weight, dtype, compiling)
     triton_filters.centre_filters_backward(used, sums[1], wide, compiling)
@@ -88,11 +87,11 @@ def convolution(dtype, memory_format, dropout: int, activation: str, residual: b
 
 def kernel_norm(dtype, memory_format, kernel_size: int) -> None:
     x = tensors(dtype, memory_format)
-    place = ((kernel_size,) * 2, (kernel_size,) * 2, ((0, 0),) * 2, (1, 1))
+    place = Box((kernel_size,) * 2, (kernel_size,) * 2, ((0, 0),) * 2, (1, 1))
     out = output_size((16, 16), *place)
-    box = Box.of((16, 16), *place)
+    box = Box3.of((16, 16), place)
     wide = torch.promote_types(dtype, torch.float32)
-    rows, maps = torch.empty((6, 2, 1, *out), dtype=wide), torch.empty((2, 4, 16, 16), dtype=wide)
+    rows, maps = torch.empty((6, 2, 1, *out), dtype=wide), torch.empty((2, 2, 16, 16), dtype=wide)
     triton_norm.normalize(x, rows, box, 2, 1e-5, (16, 16), compiling)
     triton_norm.normalize_sums(x, x, rows, box, 2, 1e-5, compiling)
     triton_norm.normalize_backward(x, x, maps, maps, rows, box, 2, 1e-5, compiling)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from knport.errors import UnknownName
+from knport.kernels.cpu_units import Units
 
 WISHES = ("auto", "eager", "triton")
 WISH = os.environ.get("KNPORT_KERNELS", "auto")
@@ -36,31 +37,26 @@ class Backend(NamedTuple):
 
 
 def backend(
-    x: Tensor,
-    *,
-    groups: int = 1,
-    padding_mode: str = "zeros",
-    dropout: float = 0.0,
-    dropout_form: str = "moments",
-    statistics_given: bool = False,
-    overlapping: bool = False,
+    x: Tensor, how: Units, *parameters: Tensor | None, norm: bool = False, statistics_given: bool = False
 ) -> Backend:
     """The kernels that normalize `x`, and the reason.
 
     Args:
-        x: the input of the layer.
-        groups, padding_mode, dropout, dropout_form: the layer's, as in `knport.functional.kn_conv`.
+        x: (N, C, H, W), or one or three spatial dimensions.
+        how: the layer.
+        parameters: weight and bias, for a convolution.
+        norm: whether this is a KernelNorm, not a convolution.
         statistics_given: whether the statistics were taken beforehand.
-        overlapping: of `kernel_norm`, whether its units overlap.
     """
     reason = (
         _unavailable(x)
-        or _uncovered(groups, padding_mode, dropout, dropout_form, statistics_given, overlapping)
-        or _unsuited(x)
+        or ("the statistics were taken beforehand" if statistics_given else None)
+        or (_uncovered_norm(x, how) if norm else _uncovered_convolution(how))
+        or _unsuited(x, *parameters)
     )
     if reason is not None:
         return Backend("eager", reason)
-    return Backend("triton", "interpreted" if not x.is_cuda else f"{x.dtype} on {x.device.type}")
+    return Backend("triton", f"{x.dtype} on {x.device.type}" if x.is_cuda else "interpreted")
 
 
 def _unavailable(x: Tensor) -> str | None:
@@ -73,21 +69,36 @@ def _unavailable(x: Tensor) -> str | None:
     return None
 
 
-def _uncovered(groups, padding_mode, dropout, dropout_form, statistics_given, overlapping) -> str | None:
-    if groups > 1:
-        return f"groups={groups}: filters of a group cannot be centred"
-    if padding_mode != "zeros":
-        return f"padding_mode={padding_mode!r}: the kernels pad with zeros"
-    if dropout and dropout_form == "unit":
+def _uncovered_convolution(how: Units) -> str | None:
+    if how.groups > 1:
+        return f"groups={how.groups}: filters of a group cannot be centred"
+    if how.padding_mode != "zeros":
+        return f"padding_mode={how.padding_mode!r}: the kernels pad with zeros"
+    if how.dropout and how.dropout_form == "unit":
         return "dropout_form='unit' draws a mask for every unit"
-    if statistics_given:
-        return "the statistics were taken beforehand"
-    return "the units overlap" if overlapping else None
+    return None
 
 
-def _unsuited(x: Tensor) -> str | None:
-    if x.dtype not in _DTYPES:
-        return f"no kernel for {x.dtype}"
+def _uncovered_norm(x: Tensor, how: Units) -> str | None:
+    from knport.functional.statistics import SMALLEST_GAUSSIAN_UNIT  # which imports this package
+
+    kernel_size, stride, *_ = how.kernel
+    if any(s < k for s, k in zip(stride, kernel_size, strict=True)):
+        return "the units overlap"
+    if how.dropout and how.dropout_form not in ("expected", "moments"):
+        return f"dropout_form={how.dropout_form!r} draws masks"
+    if how.dropout and how.dropout_form == "moments" and x.shape[1] * how.kernel.places < SMALLEST_GAUSSIAN_UNIT:
+        return f"units of fewer than {SMALLEST_GAUSSIAN_UNIT} entries draw masks"
+    return None
+
+
+def _unsuited(x: Tensor, *parameters: Tensor | None) -> str | None:
+    tensors = [x, *(p for p in parameters if p is not None)]
+    for t in tensors:
+        if t.dtype not in _DTYPES:
+            return f"no kernel for {t.dtype}"
+    if len({t.dtype == torch.float64 for t in tensors}) > 1:
+        return "float64 beside a lower precision"
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             return "torch.export: the exported graph is of PyTorch's own operators"
@@ -95,10 +106,11 @@ def _unsuited(x: Tensor) -> str | None:
         return None if WISH == "triton" else "torch.compile fuses the plain operators (KNPORT_KERNELS=triton overrides)"
     if torch._C._are_functorch_transforms_active():
         return "torch.func: the kernels have no rule for its transforms"
-    if type(x) not in (Tensor, torch.nn.Parameter):
-        return f"{type(x).__name__} is no plain tensor"
-    if x.numel() == 0:
-        return "the input is empty"
+    for t in tensors:
+        if type(t) not in (Tensor, torch.nn.Parameter):
+            return f"{type(t).__name__} is no plain tensor"
+        if t.numel() == 0:
+            return "a tensor is empty"
     if x.numel() // x.shape[1] > _MOST_PIXELS:
         return f"more than {_MOST_PIXELS} pixels"
     return None

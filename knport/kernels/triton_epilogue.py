@@ -25,8 +25,8 @@ ACTIVATIONS = ("none", "relu", "gelu", "silu", "mish")
 
 @triton.jit
 def reciprocal_sd(mean, var, EPS: tl.constexpr, PRECISION: tl.constexpr):
-    rounding = 8 * PRECISION * (tl.abs(mean) + 1)
-    return var / (var + rounding * rounding) / tl.sqrt(var + EPS)
+    rounding = (2 * (8 * PRECISION) * (8 * PRECISION)) * (1 + mean * mean)
+    return var / (var + rounding) / tl.sqrt(var + EPS)
 
 
 @triton.jit

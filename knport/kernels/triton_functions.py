@@ -12,64 +12,65 @@ from torch.autograd import Function
 
 from knport.kernels import eager, triton_epilogue, triton_filters, triton_moments, triton_norm, triton_plain
 from knport.kernels import triton_units as units
-from knport.kernels.triton_support import Box
+from knport.kernels.triton_support import Box3
 
 
-def channel_moments(x: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """`x` for the convolution to read, and the moments of its pixels as `knport.kernels.eager.channel_moments`."""
-    return _ChannelMoments.apply(x, order)
+def channel_moments(x: Tensor, higher: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`x` for the convolution to read, and what `knport.kernels.triton_moments.channel_moments` gives for it."""
+    return _ChannelMoments.apply(x, higher)
 
 
 class _ChannelMoments(Function):
     @staticmethod
-    def forward(ctx, x, order):
+    def forward(ctx, x, higher):
         ctx.set_materialize_grads(False)
-        maps = triton_moments.channel_moments(x, order)
+        maps, more = triton_moments.channel_moments(x, higher)
+        ctx.mark_non_differentiable(more)
         ctx.save_for_backward(x, maps)
-        ctx.order = order
-        return x.view_as(x), maps
+        return x.view_as(x), maps, more
 
     @staticmethod
-    def backward(ctx, grad_x, grad_maps):
+    def backward(ctx, grad_x, grad_maps, _):
         x, maps = ctx.saved_tensors
         if grad_maps is None:
             return grad_x, None
         if torch.is_grad_enabled():
-            (grad,) = triton_plain.gradients(lambda x: eager.channel_moments(x, ctx.order), [x], [grad_maps])
+            (grad,) = triton_plain.gradients(eager.channel_moments, [x], [grad_maps])
             return grad if grad_x is None else grad + grad_x, None
         return triton_moments.channel_moments_backward(x, maps, grad_maps.contiguous(), grad_x), None
 
 
-def unit_statistics(maps: Tensor, seed: Tensor | None, box: Box, form: int, dropout: float, n: int, out):
+def unit_statistics(
+    maps: Tensor, higher: Tensor, seed: Tensor, box: Box3, form: int, dropout: float, n: int, out: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """(mu', var', mu) of all units, each (N, 1, O, P); the last is the first but for `MOMENTS`."""
-    statistics = _UnitStatistics.apply(maps, seed, box, form, dropout, n, out)
+    statistics = _UnitStatistics.apply(maps, higher, seed, (box, form, dropout, n), out)
     return statistics if form == units.MOMENTS else (*statistics, statistics[0])
 
 
 class _UnitStatistics(Function):
     @staticmethod
-    def forward(ctx, maps, seed, box, form, dropout, n, out):
+    def forward(ctx, maps, higher, seed, settings, out):
         ctx.set_materialize_grads(False)
-        ctx.settings = (box, form, dropout, n)
-        rows = units.unit_statistics(maps, maps if seed is None else seed, *ctx.settings, out)
-        ctx.save_for_backward(maps, rows, seed)
-        return tuple(rows[:3]) if form == units.MOMENTS else tuple(rows)
+        ctx.settings = settings
+        rows = units.unit_statistics(maps, higher, seed, *settings, out)
+        ctx.save_for_backward(maps, rows)
+        return tuple(rows[:3]) if settings[1] == units.MOMENTS else tuple(rows)
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var, grad_own=None):
-        maps, rows, seed = ctx.saved_tensors
-        form = ctx.settings[1]
+        maps, rows = ctx.saved_tensors
+        grads = [grad_mean, grad_var, grad_own]
         if torch.is_grad_enabled():
-            noise = units.normals(seed, rows[0]) if form == units.MOMENTS else None
-            grads = [grad_mean, grad_var, grad_own]
+            drawn = eager.Draw(*rows[-2:])
             (grad,) = triton_plain.gradients(
-                lambda maps: triton_plain.unit_statistics(maps, noise, *ctx.settings), [maps], grads
+                lambda maps: triton_plain.unit_statistics(maps, drawn, *ctx.settings), [maps], grads
             )
         else:
-            grads = [None if g is None else g.contiguous() for g in (grad_mean, grad_var, grad_own)]
+            grads = [None if g is None else g.contiguous() for g in grads]
             grads[1] = torch.zeros_like(rows[0]) if grads[1] is None else grads[1]
-            grad = units.unit_statistics_backward(maps, rows, maps if seed is None else seed, *grads, *ctx.settings)
-        return grad, None, None, None, None, None, None
+            grad = units.unit_statistics_backward(maps, rows, *grads, *ctx.settings)
+        return grad, None, None, None, None
 
 
 def centre_filters(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +162,7 @@ class _NormalizeUnits(Function):
         return (*grads[:5], None, *grads[5:], None)
 
 
-def kernel_norm(x: Tensor, seed: Tensor | None, box: Box, form: int, dropout: float, n: int, eps: float, out, size):
+def kernel_norm(x: Tensor, seed: Tensor, box: Box3, form: int, dropout: float, n: int, eps: float, out, size) -> Tensor:
     """As `knport.functional.kernel_norm`, for units that do not overlap.
 
     Args:
@@ -176,25 +177,24 @@ def kernel_norm(x: Tensor, seed: Tensor | None, box: Box, form: int, dropout: fl
 class _KernelNorm(Function):
     @staticmethod
     def forward(ctx, x, seed, settings, eps, out, size):
-        maps = triton_moments.channel_moments(x, 4 if settings[1] == units.MOMENTS else 2)
-        rows = units.unit_statistics(maps, maps if seed is None else seed, *settings, out)
-        ctx.save_for_backward(x, maps, rows, seed)
+        maps, higher = triton_moments.channel_moments(x, settings[1] == units.MOMENTS)
+        rows = units.unit_statistics(maps, higher, seed, *settings, out)
+        ctx.save_for_backward(x, maps, rows)
         ctx.settings, ctx.eps = settings, eps
         return triton_norm.normalize(x, rows, settings[0], units.own_row(settings[1]), eps, size)
 
     @staticmethod
     def backward(ctx, grad):
-        x, maps, rows, seed = ctx.saved_tensors
+        x, maps, rows = ctx.saved_tensors
         box, form, *_ = ctx.settings
         if torch.is_grad_enabled():
-            noise = units.normals(seed, rows[0]) if form == units.MOMENTS else None
+            drawn = eager.Draw(*rows[-2:])
             (grad,) = triton_plain.gradients(
-                lambda x: triton_plain.kernel_norm(x, noise, *ctx.settings, ctx.eps), [x], [grad]
+                lambda x: triton_plain.kernel_norm(x, drawn, *ctx.settings, ctx.eps), [x], [grad]
             )
             return grad, None, None, None, None, None
         own = units.own_row(form)
         sums = triton_norm.normalize_sums(grad, x, rows, box, own, ctx.eps)
-        key = maps if seed is None else seed
-        grad_maps = units.unit_statistics_backward(maps, rows, key, sums[0], sums[1], None, *ctx.settings)
+        grad_maps = units.unit_statistics_backward(maps, rows, sums[0], sums[1], None, *ctx.settings)
         grad = triton_norm.normalize_backward(grad, x, maps, grad_maps, rows, box, own, ctx.eps)
         return grad, None, None, None, None, None

@@ -1,6 +1,7 @@
 """One pass over the input for the channel moments of every pixel, and the pass that brings their gradient back.
 
-Legend: see `knport.kernels.triton_support`; maps are (N, order, Z, Y, X): mean, variance, third and fourth raw moment.
+Legend: see `knport.kernels.triton_support`; maps (N, 2, Z, Y, X) are mean and variance, higher (of the same shape) are
+third and fourth raw moments. These only scale a random draw, which is a constant to the backward pass.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def pixel_offset(p, height, width, stride_z, stride_y, stride_x, FLAT: tl.conste
 
 @triton.jit
 def _moments_kernel(
-    x_ptr, maps_ptr, total, pixels, channels, height, width, stride_n, stride_c, stride_z, stride_y, stride_x,
-    ORDER: tl.constexpr, FLAT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, maps_ptr, higher_ptr, total, pixels, channels, height, width,
+    stride_n, stride_c, stride_z, stride_y, stride_x,
+    HIGHER: tl.constexpr, FLAT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     kind = maps_ptr.dtype.element_ty
     q = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -54,23 +56,23 @@ def _moments_kernel(
         step = block_mean - mean
         square += tl.sum(deviation * deviation, 0) + step * step * start * count / (start + count)
         mean += step * count / (start + count)
-        if ORDER == 4:
+        if HIGHER:
             cube = x * x * x
             third += tl.sum(cube, 0)
             fourth += tl.sum(cube * x, 0)
-    out = maps_ptr + n * (ORDER * pixels) + p
-    tl.store(out, first + mean, mask=inside)
-    tl.store(out + pixels, square / channels, mask=inside)
-    if ORDER == 4:
-        tl.store(out + 2 * pixels, third / channels, mask=inside)
-        tl.store(out + 3 * pixels, fourth / channels, mask=inside)
+    at = n * (2 * pixels) + p
+    tl.store(maps_ptr + at, first + mean, mask=inside)
+    tl.store(maps_ptr + at + pixels, square / channels, mask=inside)
+    if HIGHER:
+        tl.store(higher_ptr + at, third / channels, mask=inside)
+        tl.store(higher_ptr + at + pixels, fourth / channels, mask=inside)
 
 
 @triton.jit
 def _moments_backward_kernel(
     x_ptr, maps_ptr, grad_ptr, base_ptr, out_ptr, total, pixels, channels, height, width,
     x_n, x_c, x_z, x_y, x_x, base_n, base_c, base_z, base_y, base_x, out_n, out_c, out_z, out_y, out_x,
-    ORDER: tl.constexpr, BASED: tl.constexpr, FLAT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BASED: tl.constexpr, FLAT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     kind = maps_ptr.dtype.element_ty
     q = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -80,17 +82,13 @@ def _moments_backward_kernel(
     n = (q // pixels).to(tl.int64)
     p = q % pixels
     c = c.to(tl.int64)[:, None]
-    map_at = n * (ORDER * pixels) + p
+    map_at = n * (2 * pixels) + p
     mean = tl.load(maps_ptr + map_at, mask=inside, other=0.0)
     grad_mean = tl.load(grad_ptr + map_at, mask=inside, other=0.0) / channels
     grad_var = tl.load(grad_ptr + map_at + pixels, mask=inside, other=0.0) * 2 / channels
     x_at = n * x_n + pixel_offset(p, height, width, x_z, x_y, x_x, FLAT)
     x = tl.load(x_ptr + x_at[None, :] + c * x_c, mask=mask, other=0.0).to(kind)
     grad = grad_mean[None, :] + grad_var[None, :] * (x - mean[None, :])
-    if ORDER == 4:
-        third = tl.load(grad_ptr + map_at + 2 * pixels, mask=inside, other=0.0) * 3 / channels
-        fourth = tl.load(grad_ptr + map_at + 3 * pixels, mask=inside, other=0.0) * 4 / channels
-        grad += x * x * (third[None, :] + fourth[None, :] * x)
     if BASED:
         base_at = n * base_n + pixel_offset(p, height, width, base_z, base_y, base_x, FLAT)
         grad += tl.load(base_ptr + base_at[None, :] + c * base_c, mask=mask, other=0.0).to(kind)
@@ -98,17 +96,26 @@ def _moments_backward_kernel(
     tl.store(out_ptr + out_at[None, :] + c * out_c, grad.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def channel_moments(x: Tensor, order: int, wrap_triton=direct) -> Tensor:
-    """As `knport.kernels.eager.channel_moments`, without a graph."""
-    maps = torch.empty((x.shape[0], order, *x.shape[2:]), device=x.device, dtype=accumulator(x.dtype))
-    total = maps.numel() // order
+def channel_moments(x: Tensor, higher: bool, wrap_triton=direct) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the channels of every pixel, and (empty unless wanted) third and fourth raw moments.
+
+    Args:
+        x: (N, C, H, W), or one or three spatial dimensions.
+        higher: whether the third and fourth are wanted.
+
+    Returns:
+        two (N, 2, H, W) in float32 or better.
+    """
+    maps = torch.empty((x.shape[0], 2, *x.shape[2:]), device=x.device, dtype=accumulator(x.dtype))
+    more = torch.empty_like(maps) if higher else maps.new_empty(0)
+    total = maps.numel() // 2
     block_p, block_c = tile(total, x)
     _, height, width = spatial3(x)
     wrap_triton(_moments_kernel)[(triton.cdiv(total, block_p),)](
-        x, maps, total, total // x.shape[0], x.shape[1], height, width, *strides5(x),
-        ORDER=order, FLAT=is_flat(x), BLOCK_P=block_p, BLOCK_C=block_c,
+        x, maps, more if higher else maps, total, total // x.shape[0], x.shape[1], height, width, *strides5(x),
+        HIGHER=higher, FLAT=is_flat(x), BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
-    return maps
+    return maps, more
 
 
 def channel_moments_backward(
@@ -118,19 +125,18 @@ def channel_moments_backward(
 
     Args:
         x: (N, C, H, W).
-        maps: what `channel_moments` gave for it.
-        grad: the maps' gradient, contiguous.
+        maps: the mean and variance that `channel_moments` gave for it.
+        grad: (N, 2, H, W), that of the mean and the variance, contiguous.
         base: (N, C, H, W) or None.
     """
     out = torch.empty_like(x)
-    order = maps.shape[1]
-    total = maps.numel() // order
+    total = maps.numel() // 2
     added = x if base is None else base
     block_p, block_c = tile(total, x)
     _, height, width = spatial3(x)
     wrap_triton(_moments_backward_kernel)[(triton.cdiv(total, block_p), triton.cdiv(x.shape[1], block_c))](
         x, maps, grad, added, out, total, total // x.shape[0], x.shape[1], height, width,
         *strides5(x), *strides5(added), *strides5(out),
-        ORDER=order, BASED=base is not None, FLAT=is_flat(x, added, out), BLOCK_P=block_p, BLOCK_C=block_c,
+        BASED=base is not None, FLAT=is_flat(x, added, out), BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from knport.kernels.triton_epilogue import reciprocal_sd
-from knport.kernels.triton_support import Box, direct, strides5, tile
+from knport.kernels.triton_support import Box3, direct, strides5, tile
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _norm_backward_kernel(
     grad_ptr, x_ptr, maps_ptr, grad_maps_ptr, rows_ptr, out_ptr, total, units, channels, depth, height, width,
     units_z, units_y, units_x, g_n, g_c, g_z, g_y, g_x, x_n, x_c, x_z, x_y, x_x, o_n, o_c, o_z, o_y, o_x,
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
-    PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, OWN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr,
+    PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, OWN: tl.constexpr, EPS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx: the unit's dy * rstd, and the moments' gradient as in `knport.kernels.triton_moments`."""
@@ -131,7 +131,7 @@ def _norm_backward_kernel(
     g_at = n * g_n + (unit_z * KZ + i).to(tl.int64) * g_z + (unit_y * KY + j).to(tl.int64) * g_y
     g_at += (unit_x * KX + k).to(tl.int64) * g_x
     grad = tl.load(grad_ptr + g_at[None, :] + wide * g_c, mask=channel & unit[None, :], other=0.0).to(rstd.dtype)
-    map_at = n * (ORDER * pixels) + p
+    map_at = n * (2 * pixels) + p
     mean = tl.load(maps_ptr + map_at, mask=inside, other=0.0)
     first = tl.load(grad_maps_ptr + map_at, mask=inside, other=0.0) / channels
     second = tl.load(grad_maps_ptr + map_at + pixels, mask=inside, other=0.0) * 2 / channels
@@ -139,15 +139,11 @@ def _norm_backward_kernel(
     mask = channel & inside[None, :]
     value = tl.load(x_ptr + x_at[None, :] + wide * x_c, mask=mask, other=0.0).to(rstd.dtype)
     grad = grad * rstd[None, :] + first[None, :] + second[None, :] * (value - mean[None, :])
-    if ORDER == 4:
-        third = tl.load(grad_maps_ptr + map_at + 2 * pixels, mask=inside, other=0.0) * 3 / channels
-        fourth = tl.load(grad_maps_ptr + map_at + 3 * pixels, mask=inside, other=0.0) * 4 / channels
-        grad += value * value * (third[None, :] + fourth[None, :] * value)
     at = n * o_n + z.to(tl.int64) * o_z + y.to(tl.int64) * o_y + x.to(tl.int64) * o_x
     tl.store(out_ptr + at[None, :] + wide * o_c, grad.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _place(box: Box, rows: Tensor, own: int, eps: float) -> dict:
+def _place(box: Box3, rows: Tensor, own: int, eps: float) -> dict:
     names = ("KZ", "KY", "KX", "SZ", "SY", "SX", "PZ", "PY", "PX")
     values = (*box.kernel_size, *box.stride, *box.padding)
     precision = torch.finfo(rows.dtype).eps
@@ -163,7 +159,7 @@ def empty_result(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def normalize(
-    x: Tensor, rows: Tensor, box: Box, own: int, eps: float, out: tuple[int, ...], wrap_triton=direct
+    x: Tensor, rows: Tensor, box: Box3, own: int, eps: float, out: tuple[int, ...], wrap_triton=direct
 ) -> Tensor:
     """(x - mu') / sqrt(var' + eps) for every unit.
 
@@ -185,7 +181,9 @@ def normalize(
     return y
 
 
-def normalize_sums(grad: Tensor, x: Tensor, rows: Tensor, box: Box, own: int, eps: float, wrap_triton=direct) -> Tensor:
+def normalize_sums(
+    grad: Tensor, x: Tensor, rows: Tensor, box: Box3, own: int, eps: float, wrap_triton=direct
+) -> Tensor:
     """The gradients of the units' (mu', var'), (2, N, 1, O, P)."""
     out = torch.empty((2, *rows.shape[1:]), device=rows.device, dtype=rows.dtype)
     units = rows.numel() // rows.shape[0]
@@ -203,7 +201,7 @@ def normalize_backward(
     maps: Tensor,
     grad_maps: Tensor,
     rows: Tensor,
-    box: Box,
+    box: Box3,
     own: int,
     eps: float,
     wrap_triton=direct,
@@ -214,7 +212,7 @@ def normalize_backward(
     block_p, block_c = tile(total, x)
     wrap_triton(_norm_backward_kernel)[(triton.cdiv(total, block_p), triton.cdiv(x.shape[1], block_c))](
         grad, x, maps, grad_maps, rows, out, total, rows.numel() // rows.shape[0], x.shape[1], *box.size, *box.units,
-        *strides5(grad), *strides5(x), *strides5(out), ORDER=maps.shape[1], BLOCK_P=block_p, BLOCK_C=block_c,
+        *strides5(grad), *strides5(x), *strides5(out), BLOCK_P=block_p, BLOCK_C=block_c,
         **_place(box, rows, own, eps),
     )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ from torch.library import custom_op, triton_op, wrap_triton
 
 from knport.kernels import triton_epilogue, triton_filters, triton_moments, triton_norm, triton_plain
 from knport.kernels import triton_units as units
-from knport.kernels.triton_support import Box, accumulator
+from knport.kernels.triton_support import Box3, accumulator
 
 # No `from __future__ import annotations` here: the operators' schemas are read from the annotations.
 
@@ -46,73 +46,81 @@ def _empty(like: Tensor, *shape, dtype=None) -> Tensor:
 # Channel moments
 
 
-@_operator("channel_moments", lambda x, order: _empty(x, x.shape[0], order, *x.shape[2:], dtype=accumulator(x.dtype)))
-def _channel_moments(x: Tensor, order: int) -> Tensor:
-    return triton_moments.channel_moments(x, order, _wrap)
+def _moments_fake(x, higher):
+    maps = _empty(x, x.shape[0], 2, *x.shape[2:], dtype=accumulator(x.dtype))
+    return maps, torch.empty_like(maps) if higher else _empty(maps, 0)
+
+
+@_operator("channel_moments", _moments_fake)
+def _channel_moments(x: Tensor, higher: bool) -> tuple[Tensor, Tensor]:
+    return triton_moments.channel_moments(x, higher, _wrap)
 
 
 def _moments_setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], output)
+    ctx.save_for_backward(inputs[0], output[0])
 
 
-def _moments_backward(ctx, grad):
+def _moments_backward(ctx, grad, _):
     x, maps = ctx.saved_tensors
     wide = x.to(maps.dtype)
-    grads = (grad / x.shape[1]).split(1, 1)
-    result = grads[0] + 2 * grads[1] * (wide - maps[:, :1])
-    if len(grads) == 4:
-        result = result + wide * wide * (3 * grads[2] + 4 * grads[3] * wide)
-    return result.to(x.dtype), None
+    grad_mean, grad_var = (grad / x.shape[1]).split(1, 1)
+    return (grad_mean + 2 * grad_var * (wide - maps[:, :1])).to(x.dtype), None
 
 
 _channel_moments.register_autograd(_moments_backward, setup_context=_moments_setup)
 
 
-def channel_moments(x: Tensor, order: int) -> tuple[Tensor, Tensor]:
+def channel_moments(x: Tensor, higher: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `triton_functions.channel_moments`; the compiler itself merges the two gradients of x."""
-    return x, _channel_moments(x, order)
+    return x, *_channel_moments(x, higher)
 
 
 # Unit statistics
 
 
-def _rows_fake(maps, seed, box, form, dropout, n, out):
+def _rows_fake(maps, higher, seed, box, form, dropout, n, out):
     return _empty(maps, units._ROWS[form], maps.shape[0], 1, *out)
 
 
 @_operator("unit_statistics", _rows_fake)
 def _unit_statistics(
-    maps: Tensor, seed: Tensor, box: Sequence[int], form: int, dropout: float, n: int, out: Sequence[int]
+    maps: Tensor,
+    higher: Tensor,
+    seed: Tensor,
+    box: Sequence[int],
+    form: int,
+    dropout: float,
+    n: int,
+    out: Sequence[int],
 ) -> Tensor:
-    return units.unit_statistics(maps, seed, Box.unflat(box), form, dropout, n, tuple(out), _wrap)
+    return units.unit_statistics(maps, higher, seed, Box3.unflat(box), form, dropout, n, tuple(out), _wrap)
 
 
 @_operator("unit_statistics_backward", lambda maps, *_: torch.empty_like(maps))
 def _unit_statistics_backward(
-    maps: Tensor, rows: Tensor, seed: Tensor, grad: Tensor, box: Sequence[int], form: int, dropout: float, n: int
+    maps: Tensor, rows: Tensor, grad: Tensor, box: Sequence[int], form: int, dropout: float, n: int
 ) -> Tensor:
     own = grad[2] if form == units.MOMENTS else None
-    where = (Box.unflat(box), form, dropout, n)
-    return units.unit_statistics_backward(maps, rows, seed, grad[0], grad[1], own, *where, _wrap)
+    where = (Box3.unflat(box), form, dropout, n)
+    return units.unit_statistics_backward(maps, rows, grad[0], grad[1], own, *where, _wrap)
 
 
 def _statistics_setup(ctx, inputs, output):
-    maps, seed, *ctx.settings, _ = inputs
-    ctx.save_for_backward(maps, output, seed)
+    maps, _, _, *ctx.settings, _ = inputs
+    ctx.save_for_backward(maps, output)
 
 
 def _statistics_backward(ctx, grad):
     grad = _unit_statistics_backward(*ctx.saved_tensors, grad.contiguous(), *ctx.settings)
-    return grad, None, None, None, None, None, None
+    return grad, *[None] * 7
 
 
 _unit_statistics.register_autograd(_statistics_backward, setup_context=_statistics_setup)
 
 
-def unit_statistics(maps: Tensor, seed: Tensor | None, box: Box, form: int, dropout: float, n: int, out):
+def unit_statistics(maps: Tensor, higher: Tensor, seed: Tensor, box: Box3, form: int, dropout: float, n: int, out):
     """As `triton_functions.unit_statistics`."""
-    seed = maps.new_empty(0, dtype=torch.int64) if seed is None else seed
-    rows = _unit_statistics(maps, seed, box.flat(), form, dropout, n, out)
+    rows = _unit_statistics(maps, higher, seed, box.flat(), form, dropout, n, out)
     mean = rows[0]
     return mean, rows[1], rows[2] if form == units.MOMENTS else mean
 
@@ -203,8 +211,8 @@ normalize_units = _normalize_units
 
 
 def _norm_fake(x, seed, box, form, dropout, n, eps, out, size):
-    maps = _empty(x, x.shape[0], 4 if form == units.MOMENTS else 2, *x.shape[2:], dtype=accumulator(x.dtype))
-    return triton_norm.empty_result(x, size), maps, _rows_fake(maps, seed, box, form, dropout, n, out)
+    maps, higher = _moments_fake(x, False)
+    return triton_norm.empty_result(x, size), maps, _rows_fake(maps, higher, seed, box, form, dropout, n, out)
 
 
 @_operator("kernel_norm", _norm_fake)
@@ -219,9 +227,9 @@ def _kernel_norm(
     out: Sequence[int],
     size: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    place = Box.unflat(box)
-    maps = triton_moments.channel_moments(x, 4 if form == units.MOMENTS else 2, _wrap)
-    rows = units.unit_statistics(maps, seed, place, form, dropout, n, tuple(out), _wrap)
+    place = Box3.unflat(box)
+    maps, higher = triton_moments.channel_moments(x, form == units.MOMENTS, _wrap)
+    rows = units.unit_statistics(maps, higher, seed, place, form, dropout, n, tuple(out), _wrap)
     return triton_norm.normalize(x, rows, place, units.own_row(form), eps, tuple(size), _wrap), maps, rows
 
 
@@ -231,23 +239,22 @@ def _kernel_norm_backward(
     x: Tensor,
     maps: Tensor,
     rows: Tensor,
-    seed: Tensor,
     box: Sequence[int],
     form: int,
     dropout: float,
     n: int,
     eps: float,
 ) -> Tensor:
-    place, own = Box.unflat(box), units.own_row(form)
+    place, own = Box3.unflat(box), units.own_row(form)
     sums = triton_norm.normalize_sums(grad, x, rows, place, own, eps, _wrap)
     how = (place, form, dropout, n)
-    grad_maps = units.unit_statistics_backward(maps, rows, seed, sums[0], sums[1], None, *how, _wrap)
+    grad_maps = units.unit_statistics_backward(maps, rows, sums[0], sums[1], None, *how, _wrap)
     return triton_norm.normalize_backward(grad, x, maps, grad_maps, rows, place, own, eps, _wrap)
 
 
 def _norm_setup(ctx, inputs, output):
-    x, seed, *ctx.settings, _, _ = inputs
-    ctx.save_for_backward(x, *output[1:], seed)
+    x, _, *ctx.settings, _, _ = inputs
+    ctx.save_for_backward(x, *output[1:])
 
 
 def _norm_backward(ctx, grad, *_):
@@ -257,7 +264,6 @@ def _norm_backward(ctx, grad, *_):
 _kernel_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
 
 
-def kernel_norm(x: Tensor, seed: Tensor | None, box: Box, form: int, dropout: float, n: int, eps: float, out, size):
+def kernel_norm(x: Tensor, seed: Tensor, box: Box3, form: int, dropout: float, n: int, eps: float, out, size) -> Tensor:
     """As `triton_functions.kernel_norm`."""
-    seed = x.new_empty(0, dtype=torch.int64) if seed is None else seed
     return _kernel_norm(x, seed, box.flat(), form, dropout, n, eps, out, size)[0]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knport.kernels import eager
-from knport.kernels.triton_support import Box, accumulator
+from knport.kernels.triton_support import Box3, accumulator
 from knport.kernels.triton_units import EXPECTED, MOMENTS
 
 _ACTIVATE = {0: lambda z: z, 1: F.relu, 2: F.gelu, 3: F.silu, 4: F.mish}
@@ -41,20 +41,19 @@ def gradients(plain: Callable, inputs: Sequence, grads: Sequence[Tensor | None])
     return result
 
 
-def unit_statistics(maps: Tensor, noise: Tensor | None, box: Box, form: int, p: float, n: int) -> tuple[Tensor, ...]:
-    """(mu', var', mu) of all units, each (N, 1, O, P)."""
-    entries = torch.stack(list(_places(maps, box)))  # (K, N, order, O, P)
+def unit_statistics(maps: Tensor, drawn: eager.Draw, box: Box3, form: int, p: float, n: int) -> tuple[Tensor, ...]:
+    """(mu', var', mu) of all units, each (N, 1, O, P); `drawn` is read for `MOMENTS` only."""
+    entries = torch.stack(list(_places(maps, box)))  # (K, N, 2, O, P)
     mean = entries[:, :, :1].mean(0)
-    var = entries[:, :, 1:2].mean(0) + (entries[:, :, :1] - mean).square().mean(0)
+    var = entries[:, :, 1:].mean(0) + (entries[:, :, :1] - mean).square().mean(0)
     if form == EXPECTED:
         var = (var * (1 - p / n) + mean.square() * (p * (1 - 1 / n))) / (1 - p)
     if form != MOMENTS:
         return mean, var, mean
-    third, fourth = entries[:, :, 2:].mean(0).split(1, 1)
-    return *eager.draw_statistics(mean, var, third, fourth, *noise, p, n), mean
+    return *eager.drawn_statistics(mean, var, drawn), mean
 
 
-def _places(maps: Tensor, box: Box):
+def _places(maps: Tensor, box: Box3):
     """For each place in the kernel, the pixels of all units at that place, 0 outside of the input."""
     spatial = maps.dim() - 2
     size, kernel, stride, before, dilation, units = (values[3 - spatial :] for values in box)
@@ -93,10 +92,10 @@ def normalize_units(
     return _ACTIVATE[activation](z).to(dtype)
 
 
-def kernel_norm(x: Tensor, noise: Tensor | None, box: Box, form: int, p: float, n: int, eps: float) -> Tensor:
+def kernel_norm(x: Tensor, drawn: eager.Draw, box: Box3, form: int, p: float, n: int, eps: float) -> Tensor:
     """As `knport.functional.kernel_norm`."""
-    maps = eager.channel_moments(x, 4 if form == MOMENTS else 2)
-    mean, var, own = unit_statistics(maps, noise, box, form, p, n)
+    maps = eager.channel_moments(x)
+    mean, var, own = unit_statistics(maps, drawn, box, form, p, n)
     rstd = eager.reciprocal_sd(own, var, eps)
     spatial = x.dim() - 2
     values = torch.stack([(place - mean) * rstd for place in _places(x.to(maps.dtype), box)], -1)  # (N, C, O, P, K)

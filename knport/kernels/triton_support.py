@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from knport.functional.geometry import output_size
+from knport.geometry import Box, output_size
 
 # How much of the GPU one launch should fill before its tiles grow: programs, about two for each processor of an H200.
 _ENOUGH_PROGRAMS = 256
@@ -27,8 +27,8 @@ def direct(kernel):
     return kernel
 
 
-class Box(NamedTuple):
-    """Where the units lie, in three spatial dimensions: six of the integers are per dimension, in order z, y, x."""
+class Box3(NamedTuple):
+    """Where the units lie, as `knport.geometry.Box`, always in three spatial dimensions, and how many."""
 
     size: tuple[int, int, int]
     kernel_size: tuple[int, int, int]
@@ -39,8 +39,9 @@ class Box(NamedTuple):
     units: tuple[int, int, int]
 
     @classmethod
-    def of(cls, size: Sequence[int], kernel_size, stride, pairs, dilation) -> Box:
-        units = output_size(size, kernel_size, stride, pairs, dilation)
+    def of(cls, size: Sequence[int], box: Box) -> Box3:
+        kernel_size, stride, pairs, dilation = box
+        units = output_size(size, *box)
         before = [pair[0] for pair in pairs]
         fill = [1] * (3 - len(size))
         zeros = [0] * (3 - len(size))
@@ -52,11 +53,11 @@ class Box(NamedTuple):
         return math.prod(self.kernel_size)
 
     def flat(self) -> list[int]:
-        """As a list of integers, which is what operators take; `Box.unflat` is its inverse."""
+        """As a list of integers, which is what operators take; `Box3.unflat` is its inverse."""
         return [value for triple in self for value in triple]
 
     @classmethod
-    def unflat(cls, values: Sequence[int]) -> Box:
+    def unflat(cls, values: Sequence[int]) -> Box3:
         return cls(*(tuple(values[i : i + 3]) for i in range(0, 18, 3)))
 
 
