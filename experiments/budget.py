@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from experiments.run import Run
@@ -37,11 +38,10 @@ class Budget:
         self.run, self.images, self.planned = run, images, steps
         self.sample_rate = run.batch_size / images
         self.delta = default_delta(images) if run.delta is None else run.delta
-        self.accountant = self._accountant()
-        if run.noise_multiplier is not None:
-            self.noise_multiplier = run.noise_multiplier
-        else:
-            self.noise_multiplier = self._solve()
+        self.accountant = _accountant(run.accountant)
+        self.noise_multiplier = run.noise_multiplier
+        if self.noise_multiplier is None:
+            self.noise_multiplier = noise_for(run.accountant, run.epsilon, self.sample_rate, steps, self.delta)
 
     @property
     def spent_steps(self) -> int:
@@ -51,14 +51,7 @@ class Budget:
     def epsilon(self, steps: int | None = None) -> float:
         """Spent so far, or after `steps` steps in all."""
         steps = self.spent_steps if steps is None else steps
-        if not steps:
-            return 0.0
-        if not self.noise_multiplier:
-            return math.inf
-        account = self._accountant()
-        account.history = [(self.noise_multiplier, self.sample_rate, steps)]
-        with _quiet():
-            return float(account.get_epsilon(delta=self.delta, **self._options))
+        return epsilon_after(self.run.accountant, self.noise_multiplier, self.sample_rate, steps, self.delta)
 
     def affordable(self) -> int:
         """The most steps, up to the planned ones, that do not overrun the target.
@@ -121,7 +114,7 @@ class Budget:
             "images": self.images,
             "steps": self.spent_steps,
             "planned_steps": self.planned,
-            **self._options,
+            **_options(self.run.accountant),
             "accountant": self.run.accountant + (" (optimistic)" if self.run.accountant == "gdp" else ""),
             "opacus": __version__,
             "mechanism": "Poisson-subsampled Gaussian; neighbours differ by one image added or removed",
@@ -142,36 +135,58 @@ class Budget:
             )
         return notes
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"alphas": ORDERS} if self.run.accountant == "rdp" else {}
 
-    def _accountant(self):
-        try:
-            from opacus.accountants import create_accountant
-        except ModuleNotFoundError as error:
-            raise KNPortError("--epsilon needs Opacus: pip install 'knport[privacy]'") from error
-        return create_accountant(self.run.accountant)
+@lru_cache(maxsize=4096)
+def epsilon_after(accountant: str, noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+    """What `steps` equal steps spend, by that accountant of Opacus."""
+    if not steps:
+        return 0.0
+    if not noise_multiplier:
+        return math.inf
+    account = _accountant(accountant)
+    account.history = [(noise_multiplier, sample_rate, steps)]
+    with _quiet():
+        return float(account.get_epsilon(delta=delta, **_options(accountant)))
 
-    def _solve(self) -> float:
-        from opacus.accountants.utils import get_noise_multiplier
 
-        try:
-            with _quiet():
-                return get_noise_multiplier(
-                    target_epsilon=self.run.epsilon,
-                    target_delta=self.delta,
-                    sample_rate=self.sample_rate,
-                    steps=self.planned,
-                    accountant=self.run.accountant,
-                    epsilon_tolerance=min(0.01, self.run.epsilon / 200),
-                    **self._options,
-                )
-        except ValueError as error:
-            raise KNPortError(
-                f"no noise keeps {self.planned} steps within epsilon {self.run.epsilon:g} at delta {self.delta:g}:"
-                f" {error}; give a larger --epsilon, fewer --epochs or a smaller --batch-size"
-            ) from error
+@lru_cache
+def noise_for(accountant: str, epsilon: float, sample_rate: float, steps: int, delta: float) -> float:
+    """The least noise multiplier, to about half a percent of epsilon, with which `steps` steps spend at most epsilon.
+
+    Raises:
+        KNPortError: there is none.
+    """
+    _accountant(accountant)
+    from opacus.accountants.utils import get_noise_multiplier
+
+    try:
+        with _quiet():
+            return get_noise_multiplier(
+                target_epsilon=epsilon,
+                target_delta=delta,
+                sample_rate=sample_rate,
+                steps=steps,
+                accountant=accountant,
+                epsilon_tolerance=min(0.01, epsilon / 200),
+                **_options(accountant),
+            )
+    except ValueError as error:
+        raise KNPortError(
+            f"no noise keeps {steps} steps within epsilon {epsilon:g} at delta {delta:g}: {error}; give a larger"
+            " --epsilon, fewer --epochs or a smaller --batch-size"
+        ) from error
+
+
+def _options(accountant: str) -> dict[str, Any]:
+    return {"alphas": ORDERS} if accountant == "rdp" else {}
+
+
+def _accountant(name: str):
+    try:
+        from opacus.accountants import create_accountant
+    except ModuleNotFoundError as error:
+        raise KNPortError("--epsilon needs Opacus: pip install 'knport[privacy]'") from error
+    return create_accountant(name)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ def digits_private(model: str, norm: str, batch_size: int | None = None) -> Reci
         momentum=0.0,
         weight_decay=0.0,
         schedule="cosine-step",
+        scaling="unit",  # the mean and SD of these images would be computed from the training images, outside epsilon
         augment="none",
         epsilon=8.0,
         delta=1e-4,
