@@ -153,11 +153,10 @@ def _check_arguments(config: KNConfig) -> None:
 
 def _resized(model: nn.Module, made: Plan, goal: Goal, example_inputs: Any) -> Plan:
     resizing = match_widths(model, made, goal, example_inputs)
-    after = resizing.counts[2] if goal.quantity == "parameters" else made.parameters[1]
     return dataclasses.replace(
         made,
         verdicts=with_widths(made.verdicts, resizing),
-        parameters=(made.parameters[0], after),
+        parameters=(made.parameters[0], resizing.parameters),
         resizing=resizing,
     )
 

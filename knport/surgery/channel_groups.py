@@ -8,8 +8,6 @@ for each parameter, which widths its dimensions are made of. So the numbers of p
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
-from knport.surgery.kinds import kind
 from knport.surgery.roles import plain_name
-from knport.surgery.width_rules import SUMS, fixed_like, rule_of, spatial, tensors
+from knport.surgery.width_basics import fixed_like, tensors
+from knport.surgery.width_layers import is_layer, keeps_groups, layer_axes
+from knport.surgery.width_rules import SUMS, rule_of
 from knport.surgery.widths import Axis, Widths
 
 OUTPUT = "the model's output"
@@ -63,7 +60,7 @@ class Flow(TorchFunctionMode):
         self.name = ""
         self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._inside = 0
-        self._keep_groups = keeps_groups(model)
+        self.keep_groups = keeps_groups(model)
 
     def axes(self, tensor: Tensor) -> list[Axis]:
         """The axes of a tensor; one from outside has sizes that cannot change, one of the model's own may."""
@@ -140,16 +137,16 @@ class Flow(TorchFunctionMode):
         if not self._inside:
             with self._own_work():
                 self.inputs[path] = [(tuple(t.shape), self.axes(t)) for t in tensors((args, kwargs))]
-        self._inside += self._is_layer(module)
+        self._inside += is_layer(module)
 
     def leave(self, module: nn.Module, path: str, args: tuple, kwargs: dict, out: Any) -> None:
         """After a module's forward."""
-        self._inside -= self._is_layer(module)
+        self._inside -= is_layer(module)
         if not self._inside:
             with self._own_work():
-                if self._is_layer(module):
+                if is_layer(module):
                     self.name, given = type(module).__name__, tensors((args, kwargs))
-                    known = [] if self.watch_only else [self._layer(path, module, given[0], out)]
+                    known = [] if self.watch_only else [layer_axes(self, path, module, given[0], out)]
                     self._record(self.name, given, out, known or fixed_like(self, out))
                 self.outputs[path] = [(tuple(t.shape), self.axes(t)) for t in tensors(out)]
         self.owners.pop()
@@ -163,98 +160,8 @@ class Flow(TorchFunctionMode):
         finally:
             self._inside -= 1
 
-    def _is_layer(self, module: nn.Module) -> bool:
-        return (
-            isinstance(module, _ConvNd | nn.Linear | _NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
-            or kind(module) == "kn_norm"
-        )
-
-    def _layer(self, path: str, module: nn.Module, x: Tensor, out: Tensor) -> list[Axis]:
-        if isinstance(module, _ConvTransposeNd):
-            for axis in (self.axes(x)[1], *self.axes(module.weight)):
-                self.widths.freeze(axis, f"transposed convolution {path}")
-            return fixed_like(self, out)[0]
-        if isinstance(module, _ConvNd):
-            return self._conv(path, module, x, out)
-        if isinstance(module, nn.Linear):
-            return self._linear(path, module, x, out)
-        return self._norm(path, module, x)
-
-    def _linear(self, path: str, module: nn.Linear, x: Tensor, out: Tensor) -> list[Axis]:
-        after, before = self.axes(module.weight)
-        self.kernels.add(id(module.weight))
-        self.widths.equate(self.axes(x)[-1], before)
-        self._vectors(module, after)
-        self._state(path, in_features=before, out_features=after)
-        self.count(math.prod(out.shape[:-1]), before, after)
-        self.layers[path] = after
-        return [*self.axes(x)[:-1], after]
-
-    def _conv(self, path: str, module: _ConvNd, x: Tensor, out: Tensor) -> list[Axis]:
-        axes, batched = self.axes(x), x.dim() == module.weight.dim()
-        channel = 1 if batched else 0
-        before, (after, inner, *kernel) = axes[channel], self.axes(module.weight)
-        for axis in kernel:
-            self.widths.freeze(axis, "")
-        self.kernels.add(id(module.weight))
-        groups = self._grouped(module, before, after, inner)
-        self._vectors(module, after)
-        self._state(path, in_channels=before, out_channels=after, **({"groups": groups} if groups else {}))
-        batch = x.shape[0] if batched else 1
-        positions = batch * math.prod(out.shape[channel + 1 :]) * math.prod(module.kernel_size)
-        self.count(positions, inner, after)
-        self.layers[path] = after
-        rest = spatial(self, axes[channel + 1 :], x.shape[channel + 1 :], out.shape[channel + 1 :])
-        return [*axes[:channel], after, *rest]
-
-    def _grouped(self, module: _ConvNd, before: Axis, after: Axis, inner: Axis) -> Axis | None:
-        """Tie the channels of a convolution; the axis that its `groups` states where that may change."""
-        groups, many = module.groups, module.out_channels // module.groups
-        if module.weight.shape[1] == 1 and groups > 1:  # depthwise: a group is a channel
-            self.widths.equate(after, tuple(w for w in self.widths.resolve(before) for _ in range(many)))
-            return before
-        if groups == 1 or self._keep_groups:
-            self.widths.equate(before, inner * groups)
-            if groups > 1:
-                self.widths.equate(after, (self.widths.new(many),) * groups)
-            return None
-        self.widths.freeze(inner, "")
-        number = (self.widths.new(groups),)
-        self.widths.equate(before, number * module.weight.shape[1])
-        self.widths.equate(after, number * many)
-        return number
-
-    def _norm(self, path: str, module: nn.Module, x: Tensor) -> list[Axis]:
-        axes = self.axes(x)
-        if kind(module) == "kn_norm":
-            return list(axes)
-        last = isinstance(module, nn.LayerNorm | nn.RMSNorm) and "2d" not in type(module).__name__
-        channels = axes[-1] if last else axes[1]
-        if isinstance(module, nn.GroupNorm):
-            size = module.num_channels // module.num_groups
-            self.widths.equate(channels, (self.widths.new(size),) * module.num_groups)
-            self._state(path, num_channels=channels)
-        elif isinstance(module, _NormBase):
-            self._state(path, num_features=channels)
-        elif len(module.normalized_shape) == 1:
-            self._state(path, normalized_shape=channels)
-        else:
-            for axis in axes[-len(module.normalized_shape) :]:
-                self.widths.freeze(axis, f"{path} normalizes several dimensions")
-            return list(axes)
-        self._vectors(module, channels)
-        return list(axes)
-
-    def _vectors(self, module: nn.Module, axis: Axis) -> None:
-        """Biases, gains and running statistics: vectors of the layer's own channels."""
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor is not module.weight or tensor.dim() == 1:
-                if tensor.dim() == 1 and tensor.shape[0] == self.widths.total(axis):
-                    self.widths.equate(self.axes(tensor)[0], axis)
-                elif tensor.numel() > 1:
-                    self.widths.freeze(axis, f"a parameter of {type(module).__name__} of another shape")
-
-    def _state(self, path: str, **attributes: Axis) -> None:
+    def state(self, path: str, **attributes: Axis) -> None:
+        """Note that attributes of the module at `path` state these axes."""
         for name, axis in attributes.items():
             self.attributes[path, name] = axis
 
@@ -301,14 +208,6 @@ class FollowError(Exception):
     def __init__(self, flow: Flow, error: Exception):
         super().__init__(f"{type(error).__name__}: {error}")
         self.flow = flow
-
-
-def keeps_groups(model: nn.Module) -> bool:
-    """Whether grouped convolutions keep their number of groups, or else the width of a group: what the network itself
-    holds constant (ResNeXt: 32 groups everywhere; RegNet: groups of 8 channels everywhere)."""
-    grouped = [m for m in model.modules() if isinstance(m, _ConvNd) and m.groups > 1 and m.weight.shape[1] > 1]
-    numbers, sizes = Counter(m.groups for m in grouped), Counter(m.weight.shape[1] for m in grouped)
-    return len(numbers) <= 1 or len(sizes) > 1
 
 
 def _function_name(function: Any) -> str:

@@ -23,6 +23,7 @@ from knport.surgery.width_form import Form, count
 from knport.surgery.width_network import Sizes, WidthNetwork
 from knport.surgery.width_search import search
 from knport.surgery.widths import Axis
+from knport.surgery.widths_text import named
 
 if TYPE_CHECKING:
     from knport.surgery.plan import Plan
@@ -149,7 +150,7 @@ def _blocks(network: WidthNetwork, free: list[int]) -> torch.Tensor:
 
 def _out_of_reach(network: WidthNetwork, goal: Goal, nearest: int, target: int) -> str:
     unit = network.batch if goal.macs else 1
-    kept = "; ".join(f"{row.reason}: {', '.join(row.layers)}" for row in _kept(network, goal.strategy))
+    kept = "; ".join(f"{row.reason}: {named(row)}" for row in _kept(network, goal.strategy))
     return (
         f"{goal.asked}: {target // unit:,} {goal.quantity} are out of reach of strategy={goal.strategy!r}; the nearest "
         f"that was found is {nearest // unit:,} ({nearest / target - 1:+.2%}). "
@@ -165,6 +166,7 @@ def _report(network: WidthNetwork, goal: Goal, sizes: Sizes, factor: float, targ
         target=target,
         strategy=goal.strategy,
         counts=counts,
+        parameters=_count(network, network.terms, sizes),
         multiplier=factor,
         changes=_changes(network, sizes),
         kept=_kept(network, goal.strategy) if sizes else (),

@@ -45,6 +45,7 @@ class Resizing:
         target: the wanted number.
         strategy: "width" or "inner".
         counts: the quantity in the original network, in the converted one, and after resizing.
+        parameters: of the resized network, whatever was counted.
         multiplier: the factor that all widths were given before they were rounded.
         changes: the groups of channels that change.
         kept: the layers that keep their widths, by reason.
@@ -58,6 +59,7 @@ class Resizing:
     target: int
     strategy: str
     counts: tuple[int, int, int]
+    parameters: int
     multiplier: float
     changes: tuple[WidthChange, ...]
     kept: tuple[KeptWidths, ...]
@@ -111,9 +113,9 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def feature_rows(model: nn.Module) -> list[dict]:
-    """timm's `feature_info` as a list of dicts; empty where the model has none."""
-    rows = getattr(model, "feature_info", None) or []
-    rows = getattr(rows, "info", rows)
+    """timm's `feature_info`, a list of dicts; empty for a model without, and for timm's feature extractors, which give
+    those features out, so that their widths stay."""
+    rows = getattr(model, "feature_info", None)
     return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
 
 

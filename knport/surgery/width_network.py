@@ -93,20 +93,26 @@ class WidthNetwork:
         return [w for w in found if w not in self.widths.frozen]
 
     def fix(self, step: Step) -> None:
-        """Fix the widths at a step that did not follow them, and at its likes; an error if they were fixed already."""
-        loose = len(self.free())
-        key = (step.name, step.kind)
+        """Fix the widths at the step that `failing_step` found, and at its likes; an error if they were fixed already.
+
+        A step that made another shape than its axes say fixes what it made, one that failed also what it read.
+        """
+        loose, key = len(self.free()), (step.name, step.kind)
         kin = [s for steps in self.steps.values() for s in steps if (s.name, s.kind) == key]
         for one in kin if step.name in _LITERAL else [step]:
-            why = f"{one.name} in {one.owner or 'the model'} does not follow it (a number in the code)"
-            for axis in (*one.inputs, *(axis for axes in one.axes for axis in axes)):
-                self.widths.freeze(axis, why)
+            self._fix_one(one, reads=bool(self.problem))
+        if len(self.free()) == loose:
+            self._fix_one(step, reads=True)
         if len(self.free()) == loose:
             where = f"{step.name} in {step.owner or 'the model'}"
             raise KNPortError(
                 f"{type(self.twin).__name__} cannot be resized: {where} fails at other widths "
                 f"({self.problem or 'it makes another shape'}); convert it without match_params and match_macs"
             )
+
+    def _fix_one(self, step: Step, *, reads: bool) -> None:
+        for axis in (*(axis for axes in step.axes for axis in axes), *(step.inputs if reads else ())):
+            self.widths.freeze(axis, f"{step.name} in {step.kind} holds it as a number")
 
     def failing_step(self, sizes: Sizes, *training: bool) -> Step | None:
         """The first step that, at these sizes, fails or makes another shape than its axes say; else None."""
@@ -122,19 +128,21 @@ class WidthNetwork:
             resize_to(self.twin, *self.rows({}, everything=True))
 
     def _compare(self, sizes: Sizes, training: bool) -> Step | None:
-        known, self.problem = self.steps[training], ""
+        known, broke, self.problem = self.steps[training], "", ""
         try:
-            seen, broke = follow(self.twin.train(training), self.args, self.kwargs, watch_only=True).steps, False
+            seen = follow(self.twin.train(training), self.args, self.kwargs, watch_only=True).steps
         except FollowError as error:
-            seen, broke = error.flow.steps, True
-            self.problem = str(error)
+            seen, broke = error.flow.steps, str(error)
         finally:
             self.twin.eval()
         for step, now in zip(known, seen, strict=False):
             told = tuple(tuple(self.widths.total(axis, sizes) for axis in axes) for axes in step.axes)
             if step.name != now.name or told != now.shapes:
                 return step
-        return known[min(len(seen), len(known) - 1)] if broke or len(seen) != len(known) else None
+        if not broke and len(seen) == len(known):
+            return None
+        self.problem = broke or "it takes another course"
+        return known[min(len(seen), len(known) - 1)]
 
     def rows(self, sizes: Sizes, *, everything: bool = False):
         """(new shapes, attributes, channels of `feature_info`) at the given sizes: what changes, or everything."""

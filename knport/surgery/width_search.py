@@ -12,6 +12,7 @@ from knport.surgery.width_form import Form
 ROUNDINGS = (8, 4, 2, 1)  # multiples of channels that wide groups are rounded to, the first that meets the target
 _CLOSE = 0.1  # of the tolerance: no repair is worth a less uniform network from there on
 _ROUNDS = 400
+_REACH = 3  # steps that a width may move at once when two move together
 
 
 def search(form: Form, sizes: Tensor, blocks: Tensor, target: int, tolerance: float) -> tuple[Tensor, float]:
@@ -65,28 +66,40 @@ def _multiplier(form: Form, sizes: Tensor, steps: Tensor, target: int) -> float:
 
 
 def _repair(form: Form, x: Tensor, steps: Tensor, target: int, tolerance: float) -> Tensor:
-    """Move one width by one step, the one that closes most of the gap; where none does, two at once."""
-    n = len(x)
-    places = torch.arange(n).repeat(2)
-    moves = torch.cat([steps, -steps])
+    """Move one width by one step, the one that closes most of the gap; where none does, two widths by a few."""
+    one, more = _moves(steps, 1), _moves(steps, _REACH)
     for _ in range(_ROUNDS):
         gap = target - form(x)
         if abs(gap) <= _CLOSE * tolerance * target:
             break
-        legal = x[places] + moves >= 1
-        one = (form.moves(x, places, moves) - gap).abs().masked_fill(~legal, math.inf)
-        if one.numel() and one.min() < abs(gap):
-            chosen = [int(one.argmin())]
-        elif abs(gap) > tolerance * target and one.numel():
-            two = (form.pairs(x, places, moves) - gap).abs()
-            two = two.masked_fill(~(legal[:, None] & legal[None, :]), math.inf)
-            two = two.masked_fill(places[:, None] == places[None, :], math.inf)
-            if not two.min() < abs(gap):
-                break
-            chosen = [int(i) for i in divmod(int(two.argmin()), 2 * n)]
-        else:
+        chosen = _best_move(form, x, *one, gap)
+        if chosen is None and abs(gap) > tolerance * target:
+            chosen = _best_pair(form, x, *more, gap)
+        if chosen is None:
             break
-        x = x.clone()
-        for i in chosen:
-            x[places[i]] += moves[i]
+        x = chosen
     return x
+
+
+def _moves(steps: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """(place, change) of every move by up to `reach` steps up or down."""
+    sizes = [sign * n * steps for n in range(1, reach + 1) for sign in (1, -1)]
+    return torch.arange(len(steps)).repeat(len(sizes)), torch.cat(sizes)
+
+
+def _best_move(form: Form, x: Tensor, places: Tensor, moves: Tensor, gap: int) -> Tensor | None:
+    left = (form.moves(x, places, moves) - gap).abs().masked_fill(x[places] + moves < 1, math.inf)
+    if not left.numel() or left.min() >= abs(gap):
+        return None
+    best = left.argmin()
+    return x.index_add(0, places[best, None], moves[best, None])
+
+
+def _best_pair(form: Form, x: Tensor, places: Tensor, moves: Tensor, gap: int) -> Tensor | None:
+    illegal = x[places] + moves < 1
+    wrong = illegal[:, None] | illegal[None, :] | (places[:, None] == places[None, :])
+    left = (form.pairs(x, places, moves) - gap).abs().masked_fill(wrong, math.inf)
+    if not left.numel() or left.min() >= abs(gap):
+        return None
+    best = torch.stack(torch.unravel_index(left.argmin(), left.shape))
+    return x.index_add(0, places[best], moves[best])

@@ -35,12 +35,13 @@ def width_table(resizing: Resizing | None) -> list[str]:
     """One line per group of channels that changes, and one per reason for which others do not."""
     if resizing is None or not resizing.changes:
         return []
-    changes = [f"  {row.before:>5} -> {row.after:<5} {_named(row)}" for row in resizing.changes]
-    kept = [f"  kept           {_named(row)}: {row.reason}" for row in resizing.kept]
+    changes = [f"  {row.before:>5} -> {row.after:<5} {named(row)}" for row in resizing.changes]
+    kept = [f"  kept           {named(row)}: {row.reason}" for row in resizing.kept]
     return ["", "Widths (output channels of layers that change together)", *changes, *kept]
 
 
-def _named(row: WidthChange | KeptWidths) -> str:
+def named(row: WidthChange | KeptWidths) -> str:
+    """The layers of a row, or the first of them and how many more."""
     more = len(row.layers) - _NAMED
     return ", ".join(row.layers[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
