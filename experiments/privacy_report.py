@@ -18,6 +18,8 @@ READING = {
     ACCURACY_FILE: (
         "Top-1 in percent on the test images after the last step, mean ± standard deviation over seeds.",
         "The learning rate of each norm was chosen by one more seed at epsilon 8; that search is not in epsilon.",
+        "All norms but kernel normalization get inputs without mean and SD, as in the papers. These two numbers come "
+        "from the training images and are not in epsilon.",
     ),
     MEMBERSHIP_FILE: (
         "Area under the curve of an attack that tells members of the training set from others: 50 is guessing, 100 is "

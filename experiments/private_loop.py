@@ -17,6 +17,7 @@ from experiments.budget import Budget
 from experiments.data.images import ImageSet
 from experiments.loop import Loop
 from experiments.poisson import PoissonFeed
+from experiments.run import Run
 from experiments.secret import Secret, make_key, read_key
 from knport import privacy
 from knport.errors import KNPortError
@@ -24,21 +25,26 @@ from knport.errors import KNPortError
 PHYSICAL = 256  # images at once, where the run does not say
 
 
-def check_model(net: nn.Module, name: str) -> None:
-    """Prepare `net` for private training, or raise `KNPortError` with what stands against it and the flag that helps.
+def check_model(net: nn.Module, run: Run) -> None:
+    """Prepare the model of `run` for private training, in place.
 
-    Args:
-        net: changed in place.
-        name: what the user calls it.
+    Raises `KNPortError` with what stands against it and the flag that helps.
     """
+    layers = [(path, layer) for path, layer in net.named_modules() if hasattr(layer, "statistics_hook")]
+    drawn = [path for path, layer in layers if getattr(layer, "dropout", 0)]
+    if run.dp_mode == "functorch" and drawn:
+        raise KNPortError(
+            f"--dp-mode functorch runs each layer a second time, where its dropout would be another ({drawn[0]} and"
+            f" {len(drawn) - 1} more have one): set --dropout 0, or use --dp-mode hooks or ghost"
+        )
     try:
         problems = privacy.validate(net)
         if problems:
             listed = "".join(f"\n  {problem}" for problem in problems[:3])
             more = f"\n  and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise KNPortError(
-                f"{name} cannot be trained privately, because {len(problems)} of its modules stand against it: use"
-                f" --norm kernel or --norm group.{listed}{more}"
+                f"{run.model} with --norm {run.norm} cannot be trained privately, because {len(problems)} of its"
+                f" modules stand against it: use --norm kernel or --norm group.{listed}{more}"
             )
         privacy.prepare(net)
     except ImportError as error:

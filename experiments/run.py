@@ -47,7 +47,7 @@ class Run:
     data_dir: str = "data"
     """Folder of the data set, or its parent. digits needs none."""
     run_dir: str = ""
-    """Folder of this run [runs/RECIPE/MODEL-NORM-bBATCH-sSEED]."""
+    """Folder of this run [runs/RECIPE/MODEL-NORM-bBATCH-sSEED, of a private run with -eEPSILON]."""
     lr: float = 0.05
     """Peak learning rate of SGD."""
     momentum: float = 0.9
@@ -119,7 +119,9 @@ class Run:
 
     def __post_init__(self):
         if not self.run_dir:
-            name = f"{self.model.replace('/', '-')}-{self.norm}-b{self.batch_size}-s{self.seed}"
+            spent = "" if self.epsilon is None else f"-e{self.epsilon:g}"
+            spent += "" if self.noise_multiplier is None else f"-n{self.noise_multiplier:g}"
+            name = f"{self.model.replace('/', '-')}-{self.norm}-b{self.batch_size}{spent}-s{self.seed}"
             object.__setattr__(self, "run_dir", f"runs/{self.recipe}/{name}")
 
     @property

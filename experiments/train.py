@@ -84,7 +84,7 @@ def _train(
         activation=run.activation,
     )
     if run.private:
-        check_model(net, f"{run.model} with --norm {run.norm}")
+        check_model(net, run)
     content = {
         "environment": here,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
@@ -96,7 +96,6 @@ def _train(
     }
     accelerator.wait_for_everyone()  # all have read run.json before it is written
     write = folder.write_run if accelerator.is_main_process else lambda content: None
-    write(content)
     device = accelerator.device
     kind = PrivateLoop if run.private else Loop
     loop = kind(run, accelerator, net, train_set.to(device), test_set.to(device), folder, report, stop)

@@ -501,5 +501,17 @@ def test_bad_values(settings, match):
 
 
 def test_functorch_with_dropout_says_what_to_do(tmp_path):
-    with pytest.raises(KNPortError, match="set dropout=0"):
+    with pytest.raises(KNPortError, match="set --dropout 0, or use --dp-mode hooks"):
         train(tiny(tmp_path, dp_mode="functorch"), quiet=True)
+
+
+def test_after_a_mistake_the_folder_can_be_used(tmp_path):
+    with pytest.raises(KNPortError, match="does not allow one step"):
+        train(tiny(tmp_path, epsilon=0.1, noise_multiplier=0.5), quiet=True)
+    train(tiny(tmp_path, epsilon=3.0), quiet=True)
+
+
+def test_runs_of_another_epsilon_have_folders_of_their_own():
+    folders = {resolve("digits", norm="kernel", epsilon=epsilon).run_dir for epsilon in (None, 2.0, 8.0)}
+    assert len(folders) == 3
+    assert "runs/digits/cifar_resnet8-kernel-b32-e8-s0" in folders
