@@ -301,6 +301,7 @@ def test_heads_that_only_training_calls_are_followed_too():
     (width,) = made.free()
     resized = resize_to(model, *made.rows({width: 11}))
     assert resized.train()(X)[1].shape == (2, 6, 8, 8) and resized.aux.in_channels == 11
+    assert parameters_of(resized) == Form(made.widths, [width], made.terms)(torch.tensor([11.0], dtype=torch.float64))
 
 
 # --- search

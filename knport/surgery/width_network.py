@@ -44,10 +44,10 @@ class WidthNetwork:
     def __init__(self, model: nn.Module, plan: Plan, example_inputs: Any):
         self.flow, self.device, self.args, self.kwargs, self.twin = _follow_some(model, plan, example_inputs)
         self.widths, self.problem = self.flow.widths, ""
-        self.terms: Terms = parameter_terms(self.twin, self.flow)
         self.steps = {False: self.flow.steps}  # per training flag
         self.products = list(self.flow.products)
         self._follow_training()
+        self.terms: Terms = parameter_terms(self.twin, self.flow)
         self.flow.attributes.update(container_attributes(self.flow, self.twin))
         self.features, self.notes = feature_axes(self.flow, self.twin)
         self.names = {id(t): name for name, t in (*self.twin.named_parameters(), *self.twin.named_buffers())}
