@@ -1,4 +1,4 @@
-"""`python -m experiments.benchmarks bars`: what was measured beside what was asked for; what nobody measured is blank."""
+"""`python -m experiments.benchmarks bars`: what was measured beside what was asked; what nobody measured is blank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOAT = 4
 MOST_MAPS = 16
 """One-channel maps that a layer may keep beside its two full-size tensors."""
 K_SQUARED = 1.5
-"""A tensor so many times as large as the layer's input and output would hold unfolded units."""
+"""A tensor so many times as large as the layer's input, output and weight would hold unfolded units."""
 
 
 class Result(NamedTuple):
@@ -53,7 +53,7 @@ class Rows:
         return [row for row in found if row.median_ms is not None]
 
     def layers(self, variant: str, mode: str = "training", **columns) -> list[Row]:
-        return self.where(benchmark="layers", variant=variant, mode=mode, **columns)
+        return self.where(**{"benchmark": "layers", "variant": variant, "mode": mode, **columns})
 
 
 def bars(*, csv: Path = OUT, threads: int = 2, into: Path | None = None) -> None:
@@ -109,7 +109,7 @@ def _ratios(choose: Callable[[Rows], list[Row]], median: float, worst: float | N
 
 
 def _published(rows: Rows) -> Result | None:
-    found = [row.ratio for row in rows.layers(names.PUBLISHED, k=3) if row.ratio is not None]
+    found = [row.ratio for row in rows.layers(names.PUBLISHED, benchmark="forms", k=3) if row.ratio is not None]
     return Result(f"{statistics.median(found):.1f}, least {min(found):.1f}", min(found) >= 5) if found else None
 
 
@@ -123,8 +123,9 @@ def _saved(rows: Rows) -> Result | None:
         # every shape keeps its size, or for an even kernel grows by one
         o, p = row.H + 1 - row.k % 2, row.W + 1 - row.k % 2
         x, y, one = (FLOAT * row.N * size / MIB for size in (row.C_in * row.H * row.W, row.C_out * o * p, o * p))
+        weight = FLOAT * row.C_in * row.C_out * row.k**2 / MIB
         maps.append((row.saved_mib - x - y) / one)
-        largest.append(row.largest_tensor_mib / max(x, y))
+        largest.append(row.largest_tensor_mib / max(x, y, weight))
     figure = f"2 and {max(maps):.1f} maps; largest tensor {max(largest):.2f} of a full-size one"
     return Result(figure, max(maps) <= MOST_MAPS and max(largest) <= K_SQUARED)
 
@@ -136,7 +137,8 @@ def _network(family: str, variant: str):
 def _largest_batch(rows: list[Row], family: str) -> list[Row]:
     """Of a family's cases the one with the most images."""
     rows = [row for row in rows if row.case.startswith(f"{family} ")]
-    return [row for row in rows if row.N == max(r.N for r in rows)]
+    most = max((row.N for row in rows), default=0)
+    return [row for row in rows if most == row.N]
 
 
 def _quotient(column: str, other: str, most: float | None):

@@ -1,8 +1,11 @@
-"""`layers`: one layer, against convolution + BatchNorm and the other norms.
+"""`layers` and `forms`: one layer, against convolution + BatchNorm, the other norms, and its own other forms.
 
 A training step is forward and backward with a random gradient of the output, the input's gradient included; inference
 is evaluation mode without gradients, where the forms of dropout are one and the same. Shapes are those of feature maps
 in ResNets for small and for large images.
+
+The forms that draw masks and the published one, which unfolds every unit, are a benchmark of their own: what they write
+to memory would slow down whatever runs after them.
 """
 
 from __future__ import annotations
@@ -18,42 +21,39 @@ SHAPES = ((16, 64, 32, 3), (16, 256, 16, 2), (8, 64, 56, 3), (32, 128, 16, 3))  
 QUICK = ((2, 32, 8, 3),)
 # On GPUs more images: at the sizes above the time is that of starting kernels.
 GPU_IMAGES = 16
-ALL = (
-    names.CONV,
-    names.BATCH,
-    names.GROUP,
-    names.LAYER,
-    names.PLAIN,
-    names.MOMENTS,
-    names.SHARED,
-    names.UNIT,
-    names.PUBLISHED,
-    names.PUBLISHED_PLAIN,
-)
+LAYERS = (names.CONV, names.BATCH, names.GROUP, names.LAYER, names.PLAIN, names.MOMENTS)
+FORMS = (names.PLAIN, names.MOMENTS, names.SHARED, names.UNIT, names.PUBLISHED, names.PUBLISHED_PLAIN)
 COMPILED = (names.BATCH, names.PLAIN, names.MOMENTS)  # the others would only add minutes of compiling
 
 
 def cases(options: Options) -> Iterator[Case]:
     """Every shape in both layouts and both modes."""
+    chosen = COMPILED if options.engine == "compiled" else LAYERS
+    for layout in options.layouts:
+        yield from _cases("layers", options, layout, {"training": chosen, "inference": chosen}, names.BATCH)
+
+
+def form_cases(options: Options) -> Iterator[Case]:
+    """Every shape in both modes; eager and channels_last."""
+    in_evaluation = tuple(name for name in FORMS if name not in (names.SHARED, names.UNIT))
+    chosen = {"training": FORMS, "inference": in_evaluation}
+    yield from _cases("forms", options, "channels_last", chosen, names.MOMENTS)
+
+
+def _cases(benchmark: str, options: Options, layout: str, chosen: dict[str, tuple], baseline: str) -> Iterator[Case]:
     for n, channels, side, k in QUICK if options.quick else SHAPES:
         n *= GPU_IMAGES if options.device == "cuda" else 1
         geometry = {"in_channels": channels, "out_channels": channels, "kernel_size": k, "padding": k // 2}
-        for layout in options.layouts:
-            for mode in ("training", "inference"):
-                chosen = _names(options.engine, mode)
-                yield Case(
-                    benchmark="layers",
-                    name=f"N{n} C{channels} {side}x{side} k{k}",
-                    variants=tuple(competitor(name, geometry, engine=options.engine) for name in chosen),
-                    baseline=names.BATCH,
-                    shape=(n, channels, side, side),
-                    mode=mode,
-                    layout=layout,
-                    seconds=12.0 if mode == "training" else 5.0,
-                    columns={"C_out": channels, "k": k, "stride": 1},
-                )
-
-
-def _names(engine: str, mode: str) -> list[str]:
-    chosen = COMPILED if engine == "compiled" else ALL
-    return [name for name in chosen if mode == "training" or name not in (names.SHARED, names.UNIT)]
+        engine = options.engine if benchmark == "layers" else "eager"
+        for mode, variants in chosen.items():
+            yield Case(
+                benchmark=benchmark,
+                name=f"N{n} C{channels} {side}x{side} k{k}",
+                variants=tuple(competitor(name, geometry, engine=engine) for name in variants),
+                baseline=baseline,
+                shape=(n, channels, side, side),
+                mode=mode,
+                layout=layout,
+                seconds=8.0 if mode == "training" else 4.0,
+                columns={"C_out": channels, "k": k, "stride": 1},
+            )

@@ -134,7 +134,8 @@ class Step:
 
 def run_case(case: Case, setting: Setting) -> list[Row]:
     """One row per variant; one that cannot make a step has a note in the place of times."""
-    torch.compiler.reset()
+    if any(variant.engine == "compiled" for variant in case.variants):
+        torch.compiler.reset()
     common = _common(case, setting)
     steps, breaks, notes = {}, {}, {}
     for variant in case.variants:

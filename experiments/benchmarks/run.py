@@ -23,8 +23,10 @@ BENCHMARKS: dict[str, Callable[[Options], Iterator[Case]]] = {
     "compile": networks.compile_cases,
     "table6": published.table6,
     "table8": published.table8,
+    "forms": layers.form_cases,
 }
-COMPILING = ("compile",)
+EAGER_ONLY, COMPILED_ONLY = ("forms",), ("compile",)
+LARGEST_ON_HEAP = 2**25  # bytes; glibc's greatest dynamic threshold
 QUICK_OUT = Path("runs") / "benchmarks" / "quick.csv"
 
 
@@ -46,13 +48,13 @@ def run(
     """Measure, and append one row per variant to the CSV.
 
     Args:
-        names: layers, growth, networks, compile, table6, table8; none means all, and with the eager engine all but
-            compile.
+        names: layers, growth, networks, compile, table6, table8, forms; none means all, but compile with
+            the eager engine and forms with the compiled one.
         threads: of PyTorch on the CPU.
         out: the CSV; rows are appended. None for the committed one, or for runs/benchmarks/quick.csv with --quick.
         quick: one tiny case of each kind, a few rounds: to see that everything runs, not to quote.
         device: cpu or cuda.
-        engine: eager or compiled; compile measures both whatever this says.
+        engine: eager or compiled; whatever this says, compile measures both and forms eager.
         dtype: bfloat16 and float16 run under autocast.
         layouts: of the layers benchmark; the others are channels_last.
         seconds: of every case's rounds, in place of what the benchmark says.
@@ -64,6 +66,7 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise KNPortError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     torch.set_num_threads(threads)
+    _settle_heap()
     options = Options(device=device, engine=engine, layouts=layouts, quick=quick, full=full)
     short = 0.2 if quick else None
     setting = Setting(
@@ -78,11 +81,21 @@ def run(
             print(_progress(case, rows, time.perf_counter() - begin), flush=True)
 
 
+def _settle_heap() -> None:
+    """Free one large tensor, as any training soon does.
+
+    glibc maps large blocks anew, page by page, until one of that size has been freed; a layer's time would depend on
+    what was measured before it.
+    """
+    torch.empty(LARGEST_ON_HEAP - 2**16, dtype=torch.uint8).fill_(0)
+
+
 def _chosen(names: tuple[str, ...], engine: str) -> tuple[str, ...]:
     for name in names:
         if name not in BENCHMARKS:
             raise UnknownName("benchmark", name, BENCHMARKS)
-    return names or tuple(name for name in BENCHMARKS if engine == "compiled" or name not in COMPILING)
+    left_out = EAGER_ONLY if engine == "compiled" else COMPILED_ONLY
+    return names or tuple(name for name in BENCHMARKS if name not in left_out)
 
 
 def _progress(case: Case, rows: list[Row], seconds: float) -> str:
