@@ -1,11 +1,12 @@
 """One row of the sweep: what `knport.convert` did to a network, and whether its promises hold there.
 
-Shapes and gradients need no numbers, so they are computed on the meta device; a network that cannot run there (values
-decide what it does, as in detection) runs on the CPU.
+A network that takes small images runs on them, with weights of zero: shapes and gradients need no numbers. One that is
+large or built for one size runs on the meta device, and where values decide what it does (detection), on the CPU.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from collections import Counter
@@ -22,12 +23,21 @@ from torch.utils import _pytree as pytree
 
 import knport
 from experiments.sweep_models import Network
+from knport.errors import KNPortError
 from knport.surgery import Plan
 from knport.surgery.copying import copy_onto
 
 _NORM_NAME = re.compile(r"(Norm|Abn)(?![a-z])")
 _FUNCTIONAL = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+_DRAWS = ("normal_", "uniform_", "trunc_normal_", "erfinv_", "exponential_")
 BATCHES = (2, 3)
+SMALL_SIDE, SMALL_NETWORK = 64, 60_000_000  # pixels, parameters
+_PLACES = (
+    ("cpu", SMALL_SIDE),
+    ("meta", None),
+    ("cpu", None),
+)  # tried in order; None for the size that was planned with
+_DETECTION_PLACES = (("cpu", 96),)
 
 
 @dataclass(kw_only=True)
@@ -36,7 +46,7 @@ class SweepRow:
 
     Args:
         model, task: of the network.
-        device: "meta", or "cpu" where values decide what the network does.
+        device: "cpu" or "meta": where it ran for the shapes.
         reader: how the plan was read.
         norms_called: norms that forward hooks saw called in evaluation or training, functions included.
         norms_planned: norms that the plan has a verdict for.
@@ -82,10 +92,10 @@ COLUMNS = tuple(column.name for column in fields(SweepRow))
 def examine(network: Network) -> SweepRow:
     """The row of a network; an error is a row too."""
     row = SweepRow(model=network.name, task=network.task)
-    for device in ("cpu",) if network.task == "detection" else ("meta", "cpu"):
+    for device, side in _DETECTION_PLACES if network.task == "detection" else _PLACES:
         row.device, row.error = device, ""
         try:
-            _examine(row, _built(network, device), network, device)
+            _examine(row, _built(network, device), network, side)
             return row
         except Exception as error:  # any network may fail in any way, and a sweep goes on
             row.error = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
@@ -93,17 +103,32 @@ def examine(network: Network) -> SweepRow:
 
 
 def _built(network: Network, device: str) -> nn.Module:
+    if network.task == "detection":  # which raises when nothing finite comes out
+        return network.build()
     try:
-        with torch.device(device):
+        with torch.device(device), _NoDraws():
             return network.build()
     except Exception:  # torchvision's RegNet looks at values while it is initialized
         return copy_onto(network.build(), device)
 
 
-def _examine(row: SweepRow, model: nn.Module, network: Network, device: str) -> None:
+class _NoDraws(TorchFunctionMode):
+    """Weights are zeros in the place of random numbers, which takes most of the time of building a network."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in _DRAWS:
+            return args[0].detach().zero_()
+        return function(*args, **(kwargs or {}))
+
+
+def _examine(row: SweepRow, model: nn.Module, network: Network, side: int | None) -> None:
+    if side == SMALL_SIDE and sum(p.numel() for p in model.parameters()) > SMALL_NETWORK:
+        raise KNPortError(f"more than {SMALL_NETWORK} parameters")
     made, new = _convert(row, model)
-    side = 96 if network.task == "detection" else (made.input_shape or (2, 3, 224, 224))[-1]
-    twins = _Twins(copy_onto(model, device), copy_onto(new, device), network.task, made.input_shape, device)
+    twins = _Twins(model, new if made.changes else copy.deepcopy(model), network.task, made.input_shape, row.device)
+    if side == SMALL_SIDE and not twins.accepts(side):
+        raise KNPortError(f"does not take images of {side} pixels")
+    side = side or (made.input_shape or (2, 3, 224, 224))[-1]
     called = twins.called
     row.shapes, row.sizes = _shapes(twins, side)
     row.no_gradient = twins.no_gradient()

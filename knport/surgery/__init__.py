@@ -56,7 +56,7 @@ def plan(
         hint = "wrap it, torch.nn.Sequential(module), and convert that"
         raise UnsupportedModule("", f"the model is itself a {sites[''].kind} ({type(model).__name__})", hint)
     selection = select(model, {path: (path, *site.aliases) for path, site in sites.items()}, include, exclude)
-    graph = read_all(model, example_inputs, sites)
+    graph = read_all(model, example_inputs, [path for path, site in sites.items() if site.kind != "linear"])
     blocked = blocked_sites(graph, sites, selection)
     found = match(graph, sites, blocked, config)
     removed = {i for path in found.absorbed for i in graph.calls[path]}
