@@ -1,10 +1,11 @@
 """KN-ConvMixer after Trockman & Kolter (TMLR 2023, Figure 2), and the original with BatchNorm.
 
 ConvMixer normalizes what its next convolution reads: convolution, GELU, BatchNorm, over and over. Kernel normalization
-takes the place of each BatchNorm *and* the convolution behind it: the patch embedding normalizes the image's patches
-(KNConv p x p, stride p), the depthwise KNConv units of k x k pixels over all channels (a filter sees one channel, the
-statistics see all), the pointwise one the sum of branch and identity. The last BatchNorm becomes a KernelNorm
-before the pool. No paper gives these networks; the pointwise convolution, whose unit would be one pixel, has two forms:
+takes the place of each BatchNorm *and* the convolution behind it: the depthwise KNConv normalizes units of k x k pixels
+over all channels (a filter sees one channel, the statistics see all), the pointwise one the sum of branch and identity,
+and the last BatchNorm becomes a KernelNorm before the pool. The patch embedding (KNConv p x p, stride p) takes its
+statistics of 3 x 3 patches, since those of one would take each patch's brightness and contrast away for good. No paper
+gives these networks; the pointwise convolution, whose unit would be one pixel, has two forms:
 
     window   KNConv 1x1 with units of 3 x 3 (`norm_window`): the parameters and MACs of the original.
     2x2      KNConv 2x2, padded on alternating sides from block to block, in a narrower network with the parameters of
@@ -80,7 +81,8 @@ class KNConvMixer(ClassifierHead, nn.Module):
         super().__init__()
         self.num_classes, self.num_features = num_classes, dim
         patch_size = low_resolution_patch if low_resolution else patch_size
-        self.stem = nn.Sequential(KNConv2d(in_chans, dim, patch_size, patch_size, dropout=dropout), activation())
+        stem = KNConv2d(in_chans, dim, patch_size, patch_size, norm_window=WINDOW * patch_size, dropout=dropout)
+        self.stem = nn.Sequential(stem, activation())
         blocks = []
         for i in range(depth):
             if form == "2x2":

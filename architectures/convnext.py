@@ -8,7 +8,8 @@ only the LayerNorms of the steps are left over. The paper reports 81.25 % agains
 `FullKNConvNeXt` has no LayerNorm at all; no paper gives it. In the block LayerNorm stands between the depthwise 7 x 7
 and the expanding pointwise convolution. KNConv 1x1 with units of 3 x 3 (`norm_window`) takes the place of LayerNorm and
 pointwise convolution, with the parameters and MACs of the original; units of one pixel would be LayerNorm again. The
-stem's convolution becomes a KNConv of the same 4 x 4 patches, the downsampling is the published one, and the LayerNorm
+stem's convolution becomes a KNConv of the same 4 x 4 patches with the statistics of 3 x 3 of them (those of one would
+take its brightness and contrast away for good), the downsampling is the published one, and the LayerNorm
 before the classifier a KernelNorm before the pool.
 
 Legend: N images, C channels, H x W the map.
@@ -156,7 +157,7 @@ class FullKNConvNeXt(ClassifierHead, nn.Module):
         super().__init__()
         self.num_classes, self.num_features = num_classes, widths[-1]
         patch = 2 if low_resolution else 4
-        self.stem = KNConv2d(in_chans, widths[0], patch, patch, dropout=dropout)
+        self.stem = KNConv2d(in_chans, widths[0], patch, patch, norm_window=WINDOW * patch, dropout=dropout)
         skips = iter(torch.linspace(0, stochastic_depth_prob, sum(depths), device="cpu").tolist())
         self.stages = nn.Sequential()
         for i, (channels, depth) in enumerate(zip(widths, depths, strict=True)):

@@ -45,9 +45,9 @@ PROPAGATION = """## Scale of activations
 
 The standard deviation of what each stage puts out, on random images in evaluation mode, of freshly built networks: made
 by `python -m experiments.signal_propagation`, numbers in [signal_propagation.csv](signal_propagation.csv). All stay
-within a factor of 4 but the KNResNets in their published initialization: Kaiming's fan-out scales a stem of three channels to
-0.2 where the blocks put out 1 to 4. Their `_macs` forms, and every network that no paper initializes, use LeCun normal
-weights, under which every kernel normalized layer puts out variance 1 (`architectures.initialization`).
+within a factor of 4 but the KNResNets in their published initialization: Kaiming's fan-out scales a stem of three
+channels to 0.2 where the blocks put out 1 to 4. Their `_macs` forms, and every network that no paper initializes, use
+LeCun normal weights, under which every kernel normalized layer puts out variance 1 (`architectures.initialization`).
 """
 
 
@@ -136,7 +136,7 @@ def architecture_table(folder: Path = Path("docs"), keep: bool = False) -> None:
         for each in (name, architectures.original_of(name)):
             if each and each not in counts:
                 counts[each] = count(each, image_of(name))
-    write_counts(path, counts)
+                write_counts(path, counts)
     traced = folder / "signal_propagation.csv"
     spreads = {name: spread(found) for name, found in read_csv(traced).items()} if traced.exists() else {}
     text = "\n".join((INTRODUCTION, table(counts, spreads), "", PROPAGATION))

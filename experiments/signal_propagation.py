@@ -95,7 +95,7 @@ def spread(found: list[Stage]) -> float:
     return max(values) / max(min(values), 1e-12)
 
 
-def measure(name: str, *, seed: int = 0, count: int = 4, size: int | None = None) -> list[Stage]:
+def measure(name: str, *, seed: int = 0, count: int = 2, size: int | None = None) -> list[Stage]:
     """`propagate` of a freshly built network on `count` images of `size` pixels (32 or 128 if None)."""
     torch.manual_seed(seed)
     small = any(part in name for part in SMALL)
@@ -166,14 +166,14 @@ def signal_propagation(
     unknown = set(models) - set(architectures.list_models())
     if unknown:
         raise UnknownName("architecture", min(unknown), architectures.list_models())
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "signal_propagation.csv"
     traces = read_csv(path) if path.exists() and (models or redraw) else {}
     for name in () if redraw else models or kernel_normalized():
         traces[name] = measure(name)
+        write_csv(path, dict(sorted(traces.items())))  # at once: large networks take minutes
         print(f"{name}: SD {min(s.sd for s in traces[name]):.2f} to {max(s.sd for s in traces[name]):.2f}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     traces = dict(sorted(traces.items()))
-    write_csv(path, traces)
     path.with_suffix(".svg").write_text(draw(traces), encoding="utf-8")
 
 
