@@ -152,7 +152,7 @@ def _renorm(model: nn.Module, norm: str, example: torch.Tensor) -> nn.Module:
     if norm == "kernel":
         return knport.convert(model, example_inputs=example)
     try:
-        return knport.replace_norm(model, norm)
+        return knport.replace_norm(model, norm, example_inputs=example)
     except UnknownName as error:
         raise UnknownName("norm", norm, NORMS) from error
 

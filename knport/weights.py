@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,6 +57,8 @@ def unpack(model: nn.Module, packed: Packed) -> None:
     state = {**packed.tensors, **{name: packed.tensors.get(first) for name, first in packed.shared.items()}}
     own = model.state_dict()
     _compare(own, state)
+    state = OrderedDict(state)
+    state._metadata = own._metadata  # versions of the modules' own formats, which some ask for (MNASNet)
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         if name in state and tensor.dtype != state[name].dtype:

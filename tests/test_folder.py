@@ -67,6 +67,11 @@ CASES = {
         {"dropout": 0.1},
         with_options("torchvision", "mobilenet_v3_small", num_classes=4),
     ),
+    "a class that asks for the version of its format": (
+        lambda: torchvision.models.mnasnet0_5(num_classes=4),
+        {},
+        with_options("torchvision", "mnasnet0_5", num_classes=4),
+    ),
     "own function": (own_network, {}, {"base": own_network}),
     "own function, arguments": (lambda: own_network(12), {}, {"base": own_network, "base_kwargs": {"width": 12}}),
 }
@@ -103,6 +108,12 @@ def test_plans_in_a_row_and_replace_norm(tmp_path):
     kinds = [step["kind"] for step in json.loads((tmp_path / "knport.json").read_text())["plans"]]
     assert kinds == ["convert", "replace_norm"]
     assert same(model, knport.load(tmp_path))
+
+
+def test_a_resized_network(tmp_path):
+    model = knport.convert(small(), match_params="model")
+    again = knport.load(knport.save(model, tmp_path))
+    assert same(model, again) and again.layer4[0].conv1.out_channels < small().layer4[0].conv1.out_channels
 
 
 def test_dtype_mode_and_frozen_parameters_stay(tmp_path):

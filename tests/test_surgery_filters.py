@@ -55,6 +55,21 @@ class TestMatching:
         assert pairs(include=value) == matched
 
 
+def test_layer_1_never_means_layer_10():
+    whole = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(11)))
+    for value in ("1", "re:1", "1.*"):
+        changed = {v.path.split(".")[0] for v in plan(whole, example_inputs=X, include=value).verdicts if v.changes}
+        assert changed == {"1"}
+
+
+def test_a_container_covers_all_that_is_in_it_and_an_alias_of_it_too():
+    net = model()
+    net.twin = net[0]
+    for value in ("0", "twin", nn.Sequential):
+        made = plan(net, example_inputs=X, exclude=value)
+        assert not made.changes and all(v.reason.startswith("excluded by") for v in made.verdicts)
+
+
 def test_including_a_convolution_includes_the_norm_behind_it():
     assert pairs(include="0.3.0") == {3}
 
