@@ -160,10 +160,10 @@ def test_every_kernel_compiles(dtype, tmp_path):
 # What each kernel writes, in the order of a forward and a backward pass of KNConv (with activation and residual) and
 # KernelNorm. A kernel that seemed to write its inputs would have the compiler copy them.
 TRACED = """\
-_moments_kernel maps_ptr
+_moments_kernel higher_ptr maps_ptr
 _units_kernel rows_ptr
 _epilogue_kernel y_ptr
-_moments_kernel maps_ptr
+_moments_kernel higher_ptr maps_ptr
 _units_kernel rows_ptr
 _norm_kernel y_ptr
 _epilogue_backward_kernel grad_c_ptr grad_z_ptr partial_ptr rows_ptr
@@ -350,8 +350,9 @@ def test_large_means(form):
 
 
 @needs_kernels
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("value", "dtype"), [*((0.1, d) for d in TOLERANCE), (0.0, torch.float32), (1e4, torch.float32)]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_a_constant_unit_yields_the_bias_and_passes_nothing(value, dtype, dropout):
     (x, weight, bias), _ = make("several blocks of channels" if value == 0.1 else "small", dtype)
@@ -592,6 +593,19 @@ def test_the_plain_operators_run_on_a_cpu(monkeypatch):
         assert "cpu" in dispatch.backend(x, how).reason
     monkeypatch.setattr(dispatch, "WISH", "eager")
     assert dispatch.backend(x, how) == ("eager", "KNPORT_KERNELS=eager")
+
+
+def test_the_choice_traces_and_exports():
+    """No graph break by asking, and PyTorch's own operators in an exported graph."""
+    how = layer(torch.empty(1, 3, 5, 5), 3)
+
+    class Asks(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if dispatch.backend(x, how).name == "eager" else x
+
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(torch.compile(Asks(), fullgraph=True, backend="eager")(x), Asks()(x))
+    assert torch.equal(torch.export.export(Asks(), (x,)).module()(x), x + 1)
 
 
 @needs_kernels

@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
     name: str
     seconds: float
-    """About how long it takes on an H200; it is left out when less than that is left."""
+    """An estimate of how long it takes; it is left out when less than that is left."""
     arguments: tuple[str, ...]
     """Of the Python interpreter."""
     kernels: str = "auto"
