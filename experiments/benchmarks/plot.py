@@ -89,15 +89,12 @@ def growth_picture(rows: Rows) -> str | None:
     curves = ("kernel", "channels", "resolution", "batch")
     labels = ("kernel size", "channels", "height and width", "images")
     for ax, curve, label in zip(axes.flat, curves, labels, strict=True):
+        mine = [row for row in points if row.case.startswith(f"{curve} ") and row.variant in IN_GROWTH]
         for variant in IN_GROWTH:
-            _curve(ax, [row for row in points if row.variant == variant and row.case.startswith(f"{curve} ")], variant)
+            _curve(ax, [row for row in mine if row.variant == variant], variant)
         ax.set_xlabel(label, color=INK)
         if curve != "kernel":
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
-            ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-            ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-            _limit(ax, [row.extra_ms for row in points if row.case.startswith(f"{curve} ")])
+            _logarithmic(ax, [row.extra_ms for row in mine])
     _statistics(axes.flat[0], rows)
     axes.flat[0].set_ylim(bottom=0)
     title = "ms that normalization adds to the training step of the convolution"
@@ -183,11 +180,17 @@ def _curve(ax: Axes, rows: Sequence[Row], variant: str) -> None:
     ax.fill_between(x, [r.extra_q25_ms for r in rows], [r.extra_q75_ms for r in rows], color=colour, alpha=0.15, lw=0)
 
 
-def _limit(ax: Axes, values: Sequence[float | None]) -> None:
-    """Of a logarithmic axis: the medians count, not a quartile near zero."""
+def _logarithmic(ax: Axes, values: Sequence[float | None]) -> None:
+    """Both axes; the medians say how far up and down, not a quartile near zero."""
     positive = [value for value in values if value and value > 0]
-    if positive:
-        ax.set_ylim(min(positive) / 2, max(positive) * 2)
+    if not positive:  # nothing measured, or nothing that could be told from the convolution
+        return
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    ax.set_ylim(min(positive) / 2, max(positive) * 2)
 
 
 def _statistics(ax: Axes, rows: Rows) -> None:

@@ -22,6 +22,7 @@ from knport import KNConv2d
 BATCHNORM, PRIMITIVE = "ResNet BatchNorm", "ResNet BatchNorm of primitives"
 IMAGES6, SIDE6, IMAGES8 = 32, 224, 256
 LAYERS, CHANNELS = 4, 256
+UNFOLD_UP_TO = 64  # pixels: nine copies of every map, and more, in gigabytes above that
 
 
 def table6(options: Options) -> Iterator[Case]:
@@ -60,7 +61,7 @@ def table8(options: Options) -> Iterator[Case]:
             yield Case(
                 benchmark="table8",
                 name=f"{side} px stride {stride}",
-                variants=tuple(_stacks(channels, stride, options.engine)),
+                variants=tuple(_stacks(channels, stride, options.engine, unfold=side <= UNFOLD_UP_TO)),
                 baseline=names.BATCH,
                 shape=(images, channels, side, side),
                 mode="inference",
@@ -85,14 +86,14 @@ def _with_primitives(model: nn.Module) -> nn.Module:
     return model
 
 
-def _stacks(channels: int, stride: int, engine: str) -> Iterator[Variant]:
+def _stacks(channels: int, stride: int, engine: str, *, unfold: bool) -> Iterator[Variant]:
     geometry = {"in_channels": channels, "out_channels": channels, "kernel_size": 3, "stride": stride, "padding": 1}
     layers: dict[str, Callable[[], nn.Module]] = {
         names.CONV: lambda: nn.Conv2d(**geometry, bias=False),
         names.BATCH: lambda: conv_with(nn.BatchNorm2d, geometry),
         names.MOMENTS: lambda: KNConv2d(**geometry, dropout=names.DROPOUT),
     }
-    if engine == "eager":
+    if unfold and engine == "eager":
         layers[names.PUBLISHED] = lambda: UnfoldKNConv(**geometry, dropout=names.DROPOUT)
     for name, layer in layers.items():
         yield Variant(
