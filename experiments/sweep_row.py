@@ -32,11 +32,8 @@ _FUNCTIONAL = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_n
 _DRAWS = ("normal_", "uniform_", "trunc_normal_", "erfinv_", "exponential_")
 BATCHES = (2, 3)
 SMALL_SIDE, SMALL_NETWORK = 64, 60_000_000  # pixels, parameters
-_PLACES = (
-    ("cpu", SMALL_SIDE),
-    ("meta", None),
-    ("cpu", None),
-)  # tried in order; None for the size that was planned with
+# Device and pixels per side, tried in order; None for the size that was planned with.
+_PLACES = (("cpu", SMALL_SIDE), ("meta", None), ("cpu", None))
 _DETECTION_PLACES = (("cpu", 96),)
 
 

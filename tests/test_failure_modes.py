@@ -82,16 +82,15 @@ def norms_in(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("name", ["tf_efficientnet_b0", "densenet121", "resnetv2_50", "resnetv2_50d_evos"])
 def test_01_activations_inside_norms_are_neither_lost_nor_skipped(name):
     model = timm_model(name)
-    new = convert(model) if name != "resnetv2_50d_evos" else model
+    new = convert(model)
     acts = [Counter(type(m).__name__ for m in net.modules() if module_role(m) == "act") for net in (model, new)]
-    assert acts[0] == acts[1]
-    if name == "resnetv2_50d_evos":  # norm and activation in one: kept, and said
-        rows = [v for v in plan(model).verdicts if v.kind == "norm"]
-        assert len(rows) == sum(isinstance(m, EvoNorm2dS0) for m in model.modules()) > 0
-        assert all(v.verdict == "kept" and "in one" in v.reason for v in rows)
+    if name == "resnetv2_50d_evos":  # norm and activation in one formula
+        inside = [m for m in model.modules() if isinstance(m, EvoNorm2dS0) and m.apply_act]
+        assert acts[1] == acts[0] + Counter(SiLU=len(inside)) and len(inside) > 10
+        assert "SiLU takes the place of the activation in it" in str(plan(model))
     else:
-        assert sum(isinstance(m, BatchNormAct2d) for m in model.modules()) > 10
-        assert not any(isinstance(m, _BatchNorm) for m in new.modules())
+        assert acts[0] == acts[1] and sum(isinstance(m, BatchNormAct2d) for m in model.modules()) > 10
+    assert not any(isinstance(m, _BatchNorm | EvoNorm2dS0) for m in new.modules())
 
 
 # 2

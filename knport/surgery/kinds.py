@@ -17,6 +17,7 @@ KN_NORMS = {1: KernelNorm1d, 2: KernelNorm2d, 3: KernelNorm3d}
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM_NAME = re.compile(r"(Norm|Abn)(?![a-z])")  # LayerNorm2d, EvoNorm2dS0, InplaceAbn; not Normalize
 _OF_ONE_POSITION = re.compile(r"^(Layer|RMS|Rms|Simple)Norm")
+_NORM_AND_ACTIVATION = ("EvoNorm", "FilterResponseNorm")  # of timm
 _KNOWN_LIBRARIES = ("torch.", "timm.", "torchvision.")
 
 
@@ -77,12 +78,10 @@ def norm_problem(module: nn.Module) -> str | None:
     name = type(module).__name__
     if "forward" in vars(module):
         return "its forward is patched on the instance"
-    if name.startswith(("EvoNorm", "FilterResponseNorm")):
-        return f"{name} is normalization and activation in one; only both could go"
     if isinstance(module, nn.LayerNorm) and not is_pixel_norm(module):
         return f"{name} normalizes maps of the fixed size {tuple(module.normalized_shape)} as a whole"
     known = isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm) or is_pixel_norm(module)
-    if not known and not name.startswith("FrozenBatchNorm"):
+    if not known and not name.startswith(("FrozenBatchNorm", *_NORM_AND_ACTIVATION)):
         return f"{name} is no kin of BatchNorm, GroupNorm, InstanceNorm, LayerNorm or RMSNorm"
     if not type(module).forward.__module__.startswith(_KNOWN_LIBRARIES):
         return f"{name} has its own forward, which kernel normalization would drop"
@@ -122,7 +121,25 @@ def conv_problem(module: nn.Module) -> str | None:
 def fused_parts(norm: nn.Module) -> list[nn.Module]:
     """The dropout and the activation inside a fused norm (timm's BatchNormAct2d and kin), in order of their calls."""
     parts = [getattr(norm, name, None) for name in ("drop", "act")]
-    return [part for part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]
+    parts = [part for part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]
+    own = None if parts else _own_activation(norm)
+    return parts if own is None else [own]
+
+
+def _own_activation(norm: nn.Module) -> nn.Module | None:
+    """The plain form of the activation that EvoNorm (x sigmoid(v x)) and FRN (max(x, tau)) compute within the norm."""
+    name = type(norm).__name__
+    if name.startswith("EvoNorm") and getattr(norm, "apply_act", getattr(norm, "v", None) is not None):
+        return nn.SiLU()
+    return nn.ReLU() if name.startswith("FilterResponseNorm") and getattr(norm, "tau", None) is not None else None
+
+
+def activation_note(norm: nn.Module) -> str:
+    """What a plan says of the activation inside a norm that goes."""
+    own = _own_activation(norm)
+    if own is not None and fused_parts(norm)[:1] != [getattr(norm, "act", None)]:
+        return f"; {type(own).__name__} takes the place of the activation in it"
+    return "; its activation stays" if fused_parts(norm) else ""
 
 
 def describe(module: nn.Module) -> str:

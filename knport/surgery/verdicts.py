@@ -7,7 +7,7 @@ from knport.surgery.config import KNConfig
 from knport.surgery.enlarge import target_size
 from knport.surgery.follow import Tokens
 from knport.surgery.graph import Graph, Node, is_map
-from knport.surgery.kinds import describe, fused_parts
+from knport.surgery.kinds import activation_note, describe
 from knport.surgery.match import Match
 from knport.surgery.plan import ABSORBED, ALREADY, KEPT, KERNEL_NORM, KN_CONV, KN_LINEAR, Verdict
 from knport.surgery.roles import SHUFFLES, TRANSPARENT
@@ -54,7 +54,7 @@ def _functional(graph: Graph) -> list[Verdict]:
 
 def _norm(head: dict, graph: Graph, site: Site, blocked: dict, found: Match, config: KNConfig) -> Verdict:
     path = head["path"]
-    rest = "; its activation stays" if fused_parts(site.module) else ""
+    rest = activation_note(site.module)
     if path in found.absorbed:
         by = names(found.absorbed[path])
         affine = "folded into their weights" if path in found.folded.values() else "dropped"
