@@ -81,7 +81,7 @@ class Flow(TorchFunctionMode):
         """A function without a rule: nothing that it reads may change."""
         for tensor in tensors((args, kwargs)):
             for axis in self.axes(tensor):
-                self.widths.freeze(axis, f"read by {self.name} in {self.owners[-1][0] or 'the model'}")
+                self.widths.freeze(axis, f"read by {self.name} in {type(self.owners[-1][1]).__name__}")
         return fixed_like(self, out)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -111,7 +111,7 @@ class Flow(TorchFunctionMode):
         if any(tensor.dim() != result.dim() for tensor in given for result in tensors(out)):
             for tensor in given:
                 for axis in self.axes(tensor):
-                    self.widths.freeze(axis, f"attention heads of {self.owners[-1][0] or 'the model'}")
+                    self.widths.freeze(axis, f"attention heads of {type(self.owners[-1][1]).__name__}")
 
     def _mark_sum(self, given: list[Tensor], out: Tensor) -> None:
         """A residual sum: two tensors that both come from the input."""

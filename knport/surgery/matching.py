@@ -19,7 +19,7 @@ from knport.surgery.budget import parameters_of
 from knport.surgery.channel_groups import follow
 from knport.surgery.copying import copy_onto
 from knport.surgery.resizing import KeptWidths, Resizing, WidthChange
-from knport.surgery.width_form import Form, count
+from knport.surgery.width_form import Form, Terms, count
 from knport.surgery.width_network import Sizes, WidthNetwork
 from knport.surgery.width_search import search
 from knport.surgery.widths import Axis
@@ -96,7 +96,7 @@ def match_widths(model: nn.Module, plan: Plan, goal: Goal, example_inputs: Any =
     if abs(converted - target) > TOLERANCE * target:
         network.settle()
         sizes, factor = _solve(network, goal, terms, target)
-    counts = before // unit, converted // unit, _count(network, terms, sizes) // unit
+    counts = before // unit, converted // unit, count(network.widths, terms, sizes) // unit
     return _report(network, goal, sizes, factor, target // unit, counts)
 
 
@@ -107,17 +107,7 @@ def _count_original(model: nn.Module, network: WidthNetwork, goal: Goal) -> int:
     return count(flow.widths, flow.products)
 
 
-def _count(network: WidthNetwork, terms, sizes: Sizes) -> int:
-    total = network.widths.total
-    result = 0
-    for times, axes in terms:
-        for axis in axes:
-            times *= total(axis, sizes)
-        result += times
-    return result
-
-
-def _solve(network: WidthNetwork, goal: Goal, terms, target: int) -> tuple[Sizes, float]:
+def _solve(network: WidthNetwork, goal: Goal, terms: Terms, target: int) -> tuple[Sizes, float]:
     """Sizes that meet the target, with a run of the network at them to prove it."""
     while True:
         free = [w for w in network.free() if _may_change(network, w, goal.strategy)]
@@ -159,21 +149,24 @@ def _out_of_reach(network: WidthNetwork, goal: Goal, nearest: int, target: int) 
     )
 
 
-def _report(network: WidthNetwork, goal: Goal, sizes: Sizes, factor: float, target: int, counts) -> Resizing:
+def _report(
+    network: WidthNetwork, goal: Goal, sizes: Sizes, factor: float, target: int, counts: tuple[int, int, int]
+) -> Resizing:
     shapes, attributes, features = network.rows(sizes)
+    of_head, note = network.head_attributes(sizes) if sizes else ([], [])
     return Resizing(
         quantity=goal.quantity,
         target=target,
         strategy=goal.strategy,
         counts=counts,
-        parameters=_count(network, network.terms, sizes),
+        parameters=count(network.widths, network.terms, sizes),
         multiplier=factor,
         changes=_changes(network, sizes),
         kept=_kept(network, goal.strategy) if sizes else (),
         shapes=tuple(shapes),
-        attributes=(*attributes, *(network.head_attributes(sizes) if sizes else ())),
+        attributes=(*attributes, *of_head),
         features=tuple(features),
-        notes=tuple(network.notes),
+        notes=(*network.notes, *note) if sizes else (),
     )
 
 

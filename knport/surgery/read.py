@@ -64,7 +64,7 @@ def read(
     """
     devices = ("meta",) if any(p.is_meta for p in model.parameters()) else ("meta", "cpu")
     problems: list[Exception] = []
-    for args, kwargs in _candidates(model, example_inputs):
+    for args, kwargs in candidate_inputs(model, example_inputs):
         for device in devices:
             for reader in readers:
                 try:
@@ -95,7 +95,8 @@ def _leaves(model: nn.Module) -> dict[int, str]:
     return leaves
 
 
-def _candidates(model: nn.Module, example_inputs: Any) -> Iterator[tuple[tuple, dict]]:
+def candidate_inputs(model: nn.Module, example_inputs: Any) -> Iterator[tuple[tuple, dict]]:
+    """Arguments and keyword arguments to run `model` with, in the order in which they are to be tried."""
     if isinstance(example_inputs, Mapping):
         yield (), dict(example_inputs)
     elif example_inputs is not None:

@@ -75,6 +75,6 @@ class Form:
         return one[:, None] + one[None, :] + both
 
 
-def count(widths: Widths, terms: Terms) -> int:
-    """The sum of the terms at the widths' present sizes."""
-    return sum(times * math.prod(widths.total(axis) for axis in axes) for times, axes in terms)
+def count(widths: Widths, terms: Terms, sizes: dict[int, int] | None = None) -> int:
+    """The sum of the terms at the widths' present sizes, or with the `sizes` of some changed."""
+    return sum(times * math.prod(widths.total(axis, sizes) for axis in axes) for times, axes in terms)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from knport.errors import KNPortError
 from knport.surgery.channel_groups import OUTPUT, Flow, FollowError, Step, follow
 from knport.surgery.copying import copy_onto
-from knport.surgery.read import _candidates
+from knport.surgery.read import candidate_inputs
 from knport.surgery.resizing import NewShape, resize_to
 from knport.surgery.stand_ins import stand_in
 from knport.surgery.swap import swap
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from knport.surgery.plan import Plan
 
 Sizes = dict[int, int]  # width -> channels
+Rows = tuple[list[NewShape], list[tuple[str, str, int]], list[tuple[int, int]]]  # what `resize_to` takes
 # Functions whose arguments often hold a width as a literal number: one that does stands for all in that class.
 _LITERAL = frozenset({"view", "reshape", "unflatten", "split", "chunk", "getitem", "conv1d", "conv2d", "conv3d"})
 _PROBES = 200
@@ -144,7 +145,7 @@ class WidthNetwork:
         self.problem = broke or "it takes another course"
         return known[min(len(seen), len(known) - 1)]
 
-    def rows(self, sizes: Sizes, *, everything: bool = False):
+    def rows(self, sizes: Sizes, *, everything: bool = False) -> Rows:
         """(new shapes, attributes, channels of `feature_info`) at the given sizes: what changes, or everything."""
         total, shapes = self.widths.total, []
         for key, (tensor, axes) in self.flow.tensors.items():
@@ -161,17 +162,22 @@ class WidthNetwork:
         ]
         return shapes, attributes, features
 
-    def head_attributes(self, sizes: Sizes) -> list[tuple[str, str, int]]:
-        """timm's `num_features` and `head_hidden_size` at the given sizes, as (path, attribute, value)."""
-        before = head_sizes(self.twin, self.args)
-        with self._at(sizes):
-            return head_attributes(self.twin, before, head_sizes(self.twin, self.args))
+    def head_attributes(self, sizes: Sizes) -> tuple[list[tuple[str, str, int]], list[str]]:
+        """timm's `num_features` and `head_hidden_size` at the given sizes, as (path, attribute, value), and notes."""
+        try:
+            before = head_sizes(self.twin, self.args)
+            with self._at(sizes):
+                return head_attributes(self.twin, before, head_sizes(self.twin, self.args)), []
+        except Exception as error:  # a model's own methods may ask for anything
+            return [], [f"num_features could not be brought up to date ({type(error).__name__}: {error})"]
 
 
-def _follow_some(model: nn.Module, plan: Plan, example_inputs: Any):
-    """Follow the converted network on the first inputs and device that it runs on."""
+def _follow_some(
+    model: nn.Module, plan: Plan, example_inputs: Any
+) -> tuple[Flow, str, tuple, dict[str, Any], nn.Module]:
+    """Follow the converted network on the first inputs and device that it runs on: also those, and the network."""
     problem: Exception | None = None
-    for args, kwargs in _candidates(model, example_inputs):
+    for args, kwargs in candidate_inputs(model, example_inputs):
         for device in ("meta",) if any(p.is_meta for p in model.parameters()) else ("meta", "cpu"):
             twin = stand_in(swap(copy_onto(model, device).eval(), plan, inplace=True))
             given = on_device((args, kwargs), device)

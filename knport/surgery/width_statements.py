@@ -58,7 +58,7 @@ def feature_axes(flow: Flow, model: nn.Module) -> tuple[list[tuple[int, Axis]], 
     return found, notes
 
 
-def head_sizes(model: nn.Module, args: Sequence[Any], like: dict[str, int] | None = None) -> dict[str, tuple[int, ...]]:
+def head_sizes(model: nn.Module, args: Sequence[Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of what timm's `num_features` and `head_hidden_size` are the widths of; empty for other models."""
     shapes: dict[str, tuple[int, ...]] = {}
     if not hasattr(model, "forward_features"):
