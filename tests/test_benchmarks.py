@@ -405,6 +405,7 @@ def test_networks_picture():
         (["bars", "--csv", "missing.csv"], "no such file"),
         (["plot", "--csv", "missing.csv"], "no such file"),
         (["run", "--threads", "0"], "at least 1"),
+        (["run", "growth", "--cases", "kernels *"], "matches no case"),
     ],
 )
 def test_mistakes(args, message, capsys):

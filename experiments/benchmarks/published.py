@@ -28,7 +28,7 @@ UNFOLD_UP_TO = 64  # pixels: nine copies of every map, and more, in gigabytes ab
 def table6(options: Options) -> Iterator[Case]:
     """A ResNet with both BatchNorms and the KNResNet, of every depth."""
     full = options.full or options.device == "cuda"
-    images, side = (IMAGES6, SIDE6) if full else (4, 96)
+    images, side = (IMAGES6, SIDE6) if full else (8, 128)
     images, side = (1, 96) if options.quick else (images, side)
     for depth in (18,) if options.quick else (18, 34, 50):
         variants = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from experiments.benchmarks import growth, layers, networks, published
 from experiments.benchmarks.measure import LAYOUTS, Case, Setting, run_case
 from experiments.benchmarks.options import Options
 from experiments.benchmarks.rows import OUT, Row, append
-from knport.errors import KNPortError, UnknownName
+from knport.errors import KNPortError, UnknownName, UnmatchedPattern
 
 BENCHMARKS: dict[str, Callable[[Options], Iterator[Case]]] = {
     "layers": layers.cases,
@@ -42,6 +43,7 @@ def run(
     layouts: Annotated[tuple[Literal["channels_last", "contiguous"], ...], tyro.conf.arg(metavar="LAYOUT ...")] = tuple(
         LAYOUTS
     ),
+    cases: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GLOB ...")] = ("*",),
     seconds: float | None = None,
     full: bool = False,
 ) -> None:
@@ -57,6 +59,7 @@ def run(
         engine: eager or compiled; whatever this says, compile measures both and forms eager.
         dtype: bfloat16 and float16 run under autocast.
         layouts: of the layers benchmark; the others are channels_last.
+        cases: globs on the cases' names, as the CSV has them, e.g. "knresnet18 batch 32".
         seconds: of every case's rounds, in place of what the benchmark says.
         full: the papers' sizes in table6 and table8 on a CPU too.
     """
@@ -74,11 +77,13 @@ def run(
     )
     out = out or (QUICK_OUT if quick else OUT)
     begin = time.perf_counter()
-    for name in chosen:
-        for case in BENCHMARKS[name](options):
-            rows = run_case(case, setting)
-            append(out, rows)
-            print(_progress(case, rows, time.perf_counter() - begin), flush=True)
+    found = [case for name in chosen for case in BENCHMARKS[name](options) if _matches(case, cases)]
+    if not found:
+        raise UnmatchedPattern(f"--cases {' '.join(cases)} matches no case of {' '.join(chosen)}")
+    for case in found:
+        rows = run_case(case, setting)
+        append(out, rows)
+        print(_progress(case, rows, time.perf_counter() - begin), flush=True)
 
 
 def _settle_heap() -> None:
@@ -96,6 +101,10 @@ def _chosen(names: tuple[str, ...], engine: str) -> tuple[str, ...]:
             raise UnknownName("benchmark", name, BENCHMARKS)
     left_out = EAGER_ONLY if engine == "compiled" else COMPILED_ONLY
     return names or tuple(name for name in BENCHMARKS if name not in left_out)
+
+
+def _matches(case: Case, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(case.name, glob) for glob in globs)
 
 
 def _progress(case: Case, rows: list[Row], seconds: float) -> str:
