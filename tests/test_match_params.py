@@ -127,6 +127,11 @@ def pooled(x):
     return x.mean((2, 3))
 
 
+def reshaped_like(m, x):
+    """The channels of `x` are taken for those of a tensor of another width."""
+    return m.c(m.b(x).flatten(1).view(2, x.shape[1], 8, 8))
+
+
 COUPLED = {
     "a chain: every width its own": (
         Net(lambda m, x: m.head(pooled(m.b(m.a(x)))), a=conv(3, 6), b=conv(6, 8, 3), **HEAD),
@@ -236,6 +241,14 @@ COUPLED = {
     "zeros for missing channels": (
         Net(lambda m, x: m.head(pooled(F.pad(m.a(x), (0, 0, 0, 0, 1, 1)))), a=conv(3, 6), **HEAD),
         {"a": "a", "head": "5"},
+    ),
+    "two widths that only the code knows to be equal": (
+        Net(
+            lambda m, x: m.tied(m.a(x)),
+            a=conv(3, 8),
+            tied=Net(lambda m, x: reshaped_like(m, x), b=conv(8, 8), c=conv(8, 5)),
+        ),
+        {"a": "8", "tied.b": "8", "tied.c": "5"},
     ),
     "a function that is not known": (
         Net(lambda m, x: m.head(torch.linalg.vector_norm(m.a(x), dim=(2, 3))), a=conv(3, 8), **HEAD),

@@ -104,6 +104,10 @@ class WidthNetwork:
             self._fix_one(one, reads=bool(self.problem))
         if len(self.free()) == loose:
             self._fix_one(step, reads=True)
+        if len(self.free()) == loose:  # its numbers come from elsewhere in the module: all that this reads and makes
+            near = (*self.flow.inputs.get(step.owner, ()), *self.flow.outputs.get(step.owner, ()))
+            for axis in (axis for _, axes in near for axis in axes):
+                self.widths.freeze(axis, f"{step.name} in {step.kind} ties it to another")
         if len(self.free()) == loose:
             where = f"{step.name} in {step.owner or 'the model'}"
             raise KNPortError(
