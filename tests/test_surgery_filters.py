@@ -104,7 +104,7 @@ def test_a_filter_that_matches_nothing_is_an_error(name, value):
     if value == "re:0\\.1":  # a container, so this one does
         assert pairs(**{name: value}) in ({1}, ALL - {1})
         return
-    with pytest.raises(UnmatchedPattern, match=f"{name}=.*matches no norm and no convolution"):
+    with pytest.raises(UnmatchedPattern, match=f"{name}=.*matches no norm, convolution or linear layer"):
         convert(model(), example_inputs=X, **{name: value})
 
 

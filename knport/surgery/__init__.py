@@ -52,7 +52,7 @@ def plan(
     goal = goal_of(match_params, match_macs, strategy)
     refuse_wrapped(model)
     sites = find_sites(model)
-    if "" in sites:
+    if "" in sites and sites[""].kind != "linear":
         hint = "wrap it, torch.nn.Sequential(module), and convert that"
         raise UnsupportedModule("", f"the model is itself a {sites[''].kind} ({type(model).__name__})", hint)
     selection = select(model, {path: (path, *site.aliases) for path, site in sites.items()}, include, exclude)
@@ -95,16 +95,19 @@ def convert(
 
     A convolution before or behind a norm becomes a KNConv with the same weights and the norm goes; a norm that no
     convolution can take over from, and the last one before the head, becomes a KernelNorm (Nasirigerdeh et al., TMLR
-    2024). 1x1 convolutions are enlarged (`KNConfig.enlarge`). Class, methods, names, hooks, device, dtype, train flag
-    and `requires_grad` stay. `knport.plan` with the same arguments says what is done and why.
+    2024). 1x1 convolutions are enlarged (`KNConfig.enlarge`). A linear layer that reads a LayerNorm or RMSNorm becomes
+    a KNLinear, with the norm's gain and bias in its weights and statistics of neighbouring tokens where these lie on a
+    known grid; with ``KNConfig(enlarge="none", dropout=0)`` it computes what LayerNorm and linear layer did. Class,
+    methods, names, hooks, device, dtype, train flag and `requires_grad` stay. `knport.plan` with the same arguments
+    says what is done and why.
 
     Args:
-        model: a vision network with BatchNorm, GroupNorm or InstanceNorm.
+        model: a vision network with BatchNorm, GroupNorm, InstanceNorm, LayerNorm or their kin.
         config: see `KNConfig`.
-        include: the norms to convert; their convolutions follow. A glob (``"layer1.*"``) or ``"re:..."`` on full
-            dotted names, a module class, a callable (name, module) -> bool, or a list of those. What names a container
-            covers all in it.
-        exclude: norms and convolutions to leave alone, likewise.
+        include: the norms to convert; their convolutions and linear layers follow. A glob (``"layer1.*"``) or
+            ``"re:..."`` on full dotted names, a module class, a callable (name, module) -> bool, or a list of those.
+            What names a container covers all in it.
+        exclude: norms, convolutions and linear layers to leave alone, likewise.
         example_inputs: what the model's forward takes, to read it with: a tensor, a tuple of arguments or a dict of
             keyword arguments. Default: zeros of the size that the model states, else (2, channels, 224, 224).
         match_params: resize the converted network until it has the parameters of `model` ("model") or a number of them,

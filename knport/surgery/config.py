@@ -18,13 +18,16 @@ class KNConfig:
     Args:
         dropout: probability with which an entry is left out of a unit's statistics in training. The last KernelNorm
             before the head gets ``min(5 * dropout, 0.25)``, the published proportion.
-        eps: added to the variance.
+        eps: added to the variance. A layer that takes along the gain and bias of a LayerNorm keeps the eps of that.
         enlarge: what becomes of 1x1 convolutions, whose unit would be one pixel: "2x2" and "3x3" enlarge the kernel
             (the map keeps its size by zero padding, on alternating sides for 2x2), "window" keeps the kernel and
             takes the statistics from the surrounding `norm_window` (3x3 if that is None), "none" leaves them 1x1.
+            Linear layers on tokens have no kernel to enlarge: all but "none" take the statistics from that window,
+            where the tokens lie on a known grid. "none" keeps every LayerNorm whose work no layer can do exactly.
         init: "embed" puts the weights of an enlarged 1x1 convolution where the convolution's own output stays the
             same, "fresh" draws the enlarged kernels anew. Kernels that keep their size always keep their weights.
-        norm_window: pixels per side of the block that every KNConv takes its statistics of; None for its kernel.
+        norm_window: pixels (tokens) per side of the block that every KNConv and KNLinear takes its statistics of; None
+            for the kernel.
         final_norm: make the norm before the head a KernelNorm, and add one where the network has none there.
         eval_stats: "expected", "plain" or "sample"; see `knport.KNConv2d`.
         dropout_form: "moments", "shared" or "unit"; see `knport.KNConv2d`.

@@ -90,7 +90,7 @@ def select(model: nn.Module, sites: dict[str, tuple[str, ...]], include: Any, ex
         exclude: as in `knport.convert`.
 
     Raises:
-        UnmatchedPattern: a filter that matches no norm and no convolution.
+        UnmatchedPattern: a filter that matches no norm, convolution or linear layer.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = {"include": {}, "exclude": {}}
@@ -122,4 +122,4 @@ def _unmatched(name: str, one: Filter, model: nn.Module, modules: dict[str, nn.M
         one.text.strip("'\"").removeprefix("re:"), [m for m in modules if m], n=3, cutoff=0.4
     )
     known = f"near names: {', '.join(near)}" if near else f"names look like: {', '.join(list(sites)[:4])}"
-    return f"{name}={one.text} matches no norm and no convolution of {type(model).__name__}; {known}"
+    return f"{name}={one.text} matches no norm, convolution or linear layer of {type(model).__name__}; {known}"
