@@ -388,6 +388,8 @@ def test_run_bars_and_plot(tmp_path, capsys):
         svg = (tmp_path / f"benchmark_{name}.svg").read_text()
         assert svg.lstrip().startswith("<?xml") and len(svg) < 150_000
     assert not (tmp_path / "benchmark_networks.svg").exists()
+    assert main(["bars", "--csv", str(out), "--threads", "1", "--into", str(page)]) == 0
+    assert page.read_text().count("](benchmark_") == 2 and page.read_text().endswith("below\n")
 
 
 def test_networks_picture():

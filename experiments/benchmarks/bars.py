@@ -62,12 +62,14 @@ def bars(*, csv: Path = OUT, threads: int = 2, into: Path | None = None) -> None
     Args:
         csv: the rows.
         threads: only CPU rows with so many.
-        into: a Markdown file; what stands between its two marker comments is replaced by the table.
+        into: a Markdown file; what stands between its two marker comments is replaced by the table, and by the pictures
+            that `plot` has put beside the file.
     """
     text = table(read(csv), threads)
     print(text)
     if into is not None:
-        write_text(into, _replaced(into, text))
+        pictures = [f"![{path.stem.replace('_', ' of ', 1)}]({path.name})" for path in _pictures(into.parent)]
+        write_text(into, _replaced(into, "\n\n".join([text, *pictures])))
 
 
 def table(rows: list[Row], threads: int) -> str:
@@ -238,6 +240,10 @@ GPU_BARS = (
     Bar("GPU, bf16, channels_last, eager", "<= 1.15 median", _ratios(_gpu_layers(), 1.15)),
     Bar(f"GPU, bf16, peak memory / {BN}", "<= 1.0", _gpu_peak),
 )
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(folder.glob("benchmark_*.svg"))
 
 
 def _replaced(path: Path, content: str) -> str:

@@ -110,7 +110,7 @@ def networks_picture(rows: Rows) -> str | None:
         return None
     figure, (left, right) = _figure((9.6, 0.9 + 0.42 * len(found)), 1, 2, sharey=True)
     places = range(len(found), 0, -1)
-    labels = [f"{row.case}\n{row.variant.removeprefix('KNResNet-18').strip() or 'dropout 0.05'}" for row in found]
+    labels = [f"{row.case}\n{row.variant.removeprefix('KNResNet-18').strip() or 'p=0.05'}" for row in found]
     colour = COLOURS[names.MOMENTS]
     errors = [[row.ratio - row.ratio_q25 for row in found], [row.ratio_q75 - row.ratio for row in found]]
     left.barh(places, [row.ratio for row in found], 0.6, xerr=errors, color=colour, ecolor=INK)
