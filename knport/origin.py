@@ -32,7 +32,7 @@ class Origin:
     @property
     def own(self) -> bool:
         """Whether a function of the user builds it."""
-        return ":" in self.name
+        return ":" in self.name and "/" not in self.name
 
 
 def build(origin: Origin, factory: Callable[..., nn.Module] | None = None) -> nn.Module:

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 import architectures
 import knport
+from experiments.sweep_models import smallest
 from knport.layers.channels_last import ChannelsLast
 from knport.surgery.copying import copy_onto
+from knport.surgery.kinds import kind
 from knport.surgery.replace import NORMS
 
 CLASSES = {
@@ -105,6 +107,25 @@ def test_queries_and_keys_are_no_features():
     plan = knport.plan_norm(timm.create_model("test_vit", qk_norm=True), "batch")
     assert "inside attention" in reason(plan, "blocks.0.attn.q_norm")
     assert plan.count("norm") == {"replaced": 13, "kept": 12}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(0, 98, 4))
+def test_networks_of_all_kinds(index):
+    name = list(smallest().values())[index]
+    norm = NORMS[index // 4 % len(NORMS)]
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    x = torch.zeros(2, *model.pretrained_cfg["input_size"], device="meta")
+    if not any(kind(module) == "norm" for module in model.modules()):
+        with pytest.raises(knport.NothingToConvert):
+            knport.replace_norm(model, norm)
+        return
+    plan = knport.plan_norm(model, norm)
+    norms = {path for path, module in model.named_modules() if kind(module) == "norm"}
+    assert {v.path for v in plan.verdicts if v.kind == "norm"} >= norms
+    assert all(v.reason for v in plan.verdicts)
+    assert plan.apply(model).train()(x).shape == model.train()(x).shape
 
 
 def test_the_fused_activations_stay():
