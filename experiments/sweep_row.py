@@ -114,7 +114,7 @@ class _NoDraws(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", "") in _DRAWS:
-            return args[0].detach().zero_()
+            return (args[0] if args else kwargs["tensor"]).detach().zero_()
         return function(*args, **(kwargs or {}))
 
 
