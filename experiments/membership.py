@@ -89,12 +89,14 @@ def log_odds(run: Run, images: ImageSet) -> Tensor:
 def likelihood_ratio(attacked: Attacked) -> Tensor:
     """LiRA's score of each network and image, (M, N): how much likelier its log odds are for a member.
 
-    The in and out distributions of an image are normal, with the means over the other networks that were and were not
-    trained on it and a variance shared by all images, as is advised for few shadows. Four networks at least.
+    The in and out distributions of an image are normal, with the means over the shadows that were and were not trained
+    on it and a variance shared by all images, as is advised for few shadows. The shadows of a network are all but
+    itself and the one with the other half: of these, half have each image, so that their number gives nothing away.
+    Four networks at least.
     """
     ratios = []
     for model in range(len(attacked.scores)):
-        rest = torch.arange(len(attacked.scores)) != model
+        rest = torch.arange(len(attacked.scores)) // 2 != model // 2
         scores, member = attacked.scores[rest], attacked.members[rest]
         inside, outside = _mean_and_variance(scores, member), _mean_and_variance(scores, ~member)
         own = attacked.scores[model]

@@ -59,9 +59,14 @@ def test_the_likelihood_ratio_finds_what_a_threshold_cannot():
     for model in range(6):
         assert auc(ratios[model], found.members[model]) > 0.9
         assert auc(found.scores[model], found.members[model]) < 0.65
-    nothing = attacked(shift=0.0)
+
+
+@pytest.mark.parametrize("models", [4, 6])
+def test_without_a_signal_the_likelihood_ratio_guesses(models):
+    """Neither better nor worse: a score that knows how many shadows had an image would be worse."""
+    nothing = attacked(shift=0.0, models=models, count=4000)
     values = [auc(ratio, member) for ratio, member in zip(likelihood_ratio(nothing), nothing.members, strict=True)]
-    assert sum(values) / 6 == pytest.approx(0.5, abs=0.05)
+    assert sum(values) / models == pytest.approx(0.5, abs=0.015)
 
 
 def test_the_ratio_does_not_look_at_the_target_s_membership():

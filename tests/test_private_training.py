@@ -290,8 +290,10 @@ def test_no_step_is_affordable(tmp_path):
 # Interruptions
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema": 0.9, "physical_batch_size": 5, "dp_mode": "ghost"}])
-@pytest.mark.parametrize("steps", [(1,), (4,), (8,), (2, 11)])
+GHOST = {"ema": 0.9, "physical_batch_size": 5, "dp_mode": "ghost"}
+
+
+@pytest.mark.parametrize(("settings", "steps"), [({}, (1,)), ({}, (4,)), ({}, (2, 11)), (GHOST, (5,)), (GHOST, (2, 8))])
 def test_neither_bits_nor_account_depend_on_a_crash(tmp_path, monkeypatch, steps, settings):
     """With a key of its own, as in earnest; the second folder gets the same."""
     for name in ("whole", "crashed"):
