@@ -20,6 +20,7 @@ from knport.layers import KNConv2d
 from knport.surgery import KNConfig, convert, plan
 from knport.surgery.budget import parameters_of
 from knport.surgery.resizing import resize_to
+from knport.surgery.stand_ins import stand_in
 from knport.surgery.width_form import Form
 from knport.surgery.width_network import WidthNetwork
 from knport.surgery.width_search import search
@@ -249,6 +250,14 @@ COUPLED = {
             tied=Net(lambda m, x: reshaped_like(m, x), b=conv(8, 8), c=conv(8, 5)),
         ),
         {"a": "8", "tied.b": "8", "tied.c": "5"},
+    ),
+    "a mask of DropPath": (
+        Net(
+            lambda m, x: m.head(pooled(m.a(x) * x.new_ones(2, 1, 1, 1) + torch.zeros(2, 1, 1, 1))),
+            a=conv(3, 8),
+            **HEAD,
+        ),
+        {"a": "a", "head": "5"},
     ),
     "a function that is not known": (
         Net(lambda m, x: m.head(torch.linalg.vector_norm(m.a(x), dim=(2, 3))), a=conv(3, 8), **HEAD),
@@ -602,8 +611,10 @@ def build(name: str) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", ["model", 0.8, 1.2])
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    "name, factor",
+    [*((name, "model") for name in NAMED), *((name, (0.8, 1.2)[i % 2]) for i, name in enumerate(NAMED[:8]))],
+)
 def test_the_promised_networks(name, factor):
     with torch.device("meta"):
         model = build(name)
@@ -615,12 +626,12 @@ def test_the_promised_networks(name, factor):
     assert made.parameters[1] == pytest.approx(target, rel=tolerance)
     new = made.apply(model)
     assert parameters_of(new) == made.parameters[1]
-    assert new(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 1000)
     assert not plan(new, match_params=target).changes
+    assert stand_in(new)(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 1000)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["timm/regnety_002", "timm/mobilenetv2_100", "timm/convnext_atto"])
+@pytest.mark.parametrize("name", ["timm/regnety_002", "timm/convnext_atto"])
 def test_promised_networks_train_after_matching(name):
     model = build(name)
     new = convert(model, match_params="model").train()
@@ -630,7 +641,7 @@ def test_promised_networks_train_after_matching(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet50", "densenet121", "mobilenetv2_100"])
+@pytest.mark.parametrize("name", ["regnety_002", "mobilenetv2_100"])
 def test_promised_feature_extractors(name):
     model = timm.create_model(name, features_only=True)
     new = convert(model, match_params="model")

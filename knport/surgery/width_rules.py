@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from knport.surgery.width_basics import Rule, argument, elementwise, spatial, tensors
+from knport.surgery.width_basics import Rule, argument, elementwise, fixed_like, spatial, tensors
 from knport.surgery.width_products import PRODUCTS
 from knport.surgery.width_rearrangements import REARRANGEMENTS
 from knport.surgery.widths import Axis
@@ -52,7 +52,14 @@ def _pool(flow: Flow, args: tuple, kwargs: dict, out: Any) -> list[list[Axis]]:
     return [spatial(flow, flow.axes(x), x.shape, tensor.shape) for tensor in tensors(out)]
 
 
+def _created(flow: Flow, args: tuple, kwargs: dict, out: Any) -> list[list[Axis]]:
+    """New tensors beside another, the masks of DropPath for instance: of its shape, or of a shape of their own."""
+    x = args[0]
+    return [list(flow.axes(x))] if x.shape == out.shape else fixed_like(flow, out)
+
+
 _FAMILIES: dict[str, Rule] = {
+    "new_empty new_zeros new_ones new_full": _created,
     _ELEMENTWISE: elementwise,
     _REDUCTIONS: _reduce,
     _POOLS: _pool,
