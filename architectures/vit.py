@@ -7,10 +7,10 @@ own, and nothing else mixes tokens that the original does not mix. Window 1 is L
 windows keep the differences of size between neighbouring tokens, which LayerNorm takes away. A KernelNorm stands where
 the last LayerNorm does.
 
-The patches become tokens by a KNConv, with statistics of ``patch_window`` patches around each: with those of a single
-patch alone its brightness and contrast would be lost to the whole network, since no later layer sees the image. The
-positions are added behind it, where no norm can divide them by the contrast of the patch. ``patch_window=0`` is the
-original's plain convolution.
+The patches become tokens by a KNConv, a patch being its unit. That takes away its brightness and contrast, which no
+later layer sees. `patch_window` chooses: statistics of 3 patches around each leave the differences between neighbours,
+and 0 is the original's plain convolution, which leaves everything. The positions are added behind the embedding, where
+no norm can divide them by the contrast of the patch.
 
 Published code that calls itself a kernel normalized ViT takes tokens for channels, so that a unit spans all tokens and
 2 x 2 embedding entries; nothing of it is used here. The parameters are those of the ViTs less the gains and biases of
@@ -148,7 +148,7 @@ class KNVisionTransformer(ClassifierHead, nn.Module):
         mlp_ratio: float = 4.0,
         *,
         window: int = 3,
-        patch_window: int = 3,
+        patch_window: int = 1,
         patch_size: int | None = None,
         img_size: int | tuple[int, int] | None = None,
         num_classes: int = 1000,
