@@ -17,16 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knport import kernels
 from knport.functional.statistics import (
-    SMALLEST_GAUSSIAN_UNIT,
     UnitStatistics,
     full_precision,
     unit_mean,
     unit_statistics,
 )
 from knport.geometry import Box, Pairs, ntuple, output_size, pad, padding_pairs, window_pairs
-from knport.kernels import Draw, cpu_conv, cpu_norm, normalize_units, reciprocal_sd
+from knport.kernels import Draw, backend, cpu_conv, cpu_norm, normalize_units, reciprocal_sd
 from knport.kernels.cpu_units import Units
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -57,7 +55,12 @@ def kernel_norm(
     box = Box(kernel_size, stride, padding_pairs(padding, kernel_size, stride, ones), ones)
     output_size(x.shape[2:], *box)  # raises where the kernel does not fit
     how = Units(box, box, eps, dropout, dropout_form, centred=False)
-    if stride == kernel_size and _is_closed(x, how) and kernels.takes(x):
+    chosen = backend(x, how, norm=True).name
+    if chosen == "triton":
+        from knport.functional import gpu  # and Triton with it
+
+        return gpu.kernel_norm(x, how)
+    if chosen == "cpu":
         return cpu_norm.kernel_norm(x, how, _norm_formula)
     return _norm_formula(x, how)
 
@@ -125,7 +128,12 @@ def kn_conv(
     output_size(x.shape[2:], *kernel)  # raises where the kernel does not fit
     window = _window(kernel, norm_window)
     how = Units(kernel, window, eps, dropout, dropout_form, padding_mode, groups, centred=groups == 1)
-    if statistics is None and _is_closed(x, how) and kernels.takes(x, weight, bias):
+    chosen = backend(x, how, weight, bias, statistics_given=statistics is not None).name
+    if chosen == "triton":
+        from knport.functional import gpu  # and Triton with it
+
+        return gpu.kn_conv(x, weight, bias, how)
+    if chosen == "cpu":
         return cpu_conv.kn_conv(x, weight, bias, how, _formula)
     return _formula(x, weight, bias, how, statistics)
 
@@ -162,13 +170,6 @@ def _window(kernel: Box, norm_window) -> Box:
     size = ntuple(norm_window, ndim, "norm_window")
     padding = window_pairs(kernel.padding, kernel.kernel_size, kernel.dilation, size)
     return Box(size, kernel.stride, padding, (1,) * ndim)
-
-
-def _is_closed(x: Tensor, how: Units) -> bool:
-    """Whether what dropout does to these units is two numbers for each; masks and other paddings are not."""
-    n = x.shape[1] * how.window.places
-    drawn = how.dropout_form == "moments" and n >= SMALLEST_GAUSSIAN_UNIT
-    return how.padding_mode == "zeros" and (not how.dropout or how.dropout_form == "expected" or drawn)
 
 
 def _statistics(x: Tensor, how: Units, drawn: Draw | None = None) -> UnitStatistics:

@@ -28,12 +28,16 @@ from torch import Tensor
 
 from knport.errors import UnknownName
 from knport.geometry import Pairs, output_size, pad
-from knport.kernels import Draw, channel_moments, draw, drawn_statistics, higher_moments
+from knport.kernels import (
+    SMALLEST_GAUSSIAN_UNIT,
+    Draw,
+    channel_moments,
+    draw,
+    drawn_statistics,
+    higher_moments,
+)
 
 DROPOUT_FORMS = ("shared", "unit", "moments", "expected")
-
-# A Gaussian is no model of the mean of a few dozen Bernoulli terms (an RGB stem has n = 27): smaller units draw a mask.
-SMALLEST_GAUSSIAN_UNIT = 64
 
 _AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -1,16 +1,16 @@
 """What kernel normalization adds to a convolution, each step with its backward pass written out.
 
-`channel_moments` reads the input once more, `draw_statistics` works on one-channel maps, `normalize_units` scales and
-shifts the convolution's output. Left to autograd, every step of the arithmetic would save a tensor; here the input, the
-convolution's output and one-channel maps are all that is kept: the full-size tensors of convolution and BatchNorm.
+Left to autograd, every step of the arithmetic would save a tensor; here the input, the convolution's output and
+one-channel maps are all that is kept: the full-size tensors of convolution and BatchNorm. `dispatch.backend` says which
+of the forms runs.
 """
 
-from knport.kernels.cpu import takes
+from knport.kernels.dispatch import Backend, backend
 from knport.kernels.eager import (
+    SMALLEST_GAUSSIAN_UNIT,
     Draw,
     channel_moments,
     draw,
-    draw_statistics,
     drawn_statistics,
     higher_moments,
     normalize_units,
@@ -18,13 +18,14 @@ from knport.kernels.eager import (
 )
 
 __all__ = [
+    "SMALLEST_GAUSSIAN_UNIT",
+    "Backend",
     "Draw",
+    "backend",
     "channel_moments",
     "draw",
-    "draw_statistics",
     "drawn_statistics",
     "higher_moments",
     "normalize_units",
     "reciprocal_sd",
-    "takes",
 ]

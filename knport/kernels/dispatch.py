@@ -1,8 +1,12 @@
-"""Which kernels run, and why: the plain operators of `knport.kernels.eager`, or the Triton kernels.
+"""Which kernels run, and why.
 
-The Triton kernels run where nothing speaks against them: on NVIDIA and AMD GPUs, outside of `torch.func`'s transforms,
-for the cases that they cover. The environment variable KNPORT_KERNELS, read when knport is imported, says otherwise:
-"eager" keeps them out everywhere, "triton" asks for them inside `torch.compile` and in Triton's interpreter too.
+    "cpu"       one operation of vectorized operators (`cpu_conv`, `cpu_norm`): float32 on CPUs
+    "triton"    the Triton kernels, on NVIDIA and AMD GPUs
+    "eager"     the formula in plain operators: everything else, every transform, and what torch.compile fuses
+
+The environment variable KNPORT_KERNELS, read when knport is imported, says otherwise: "eager" leaves the formula
+everywhere, "triton" asks for the Triton kernels on GPUs, inside `torch.compile` and in Triton's interpreter. They wait
+to be asked: they agree with the definition in Triton's interpreter and compile for sm_90, but no GPU has run them yet.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ import torch
 from torch import Tensor
 
 from knport.errors import UnknownName
+from knport.kernels.cpu import takes
 from knport.kernels.cpu_units import Units
+from knport.kernels.eager import SMALLEST_GAUSSIAN_UNIT
 
 WISHES = ("auto", "eager", "triton")
 WISH = os.environ.get("KNPORT_KERNELS", "auto")
@@ -32,7 +38,7 @@ _MOST_PIXELS = 2**28
 
 class Backend(NamedTuple):
     name: str
-    """ "triton" or "eager"."""
+    """ "cpu", "triton" or "eager"."""
     reason: str
 
 
@@ -48,15 +54,26 @@ def backend(
         norm: whether this is a KernelNorm, not a convolution.
         statistics_given: whether the statistics were taken beforehand.
     """
-    reason = (
-        _unavailable(x)
-        or ("the statistics were taken beforehand" if statistics_given else None)
-        or (_uncovered_norm(x, how) if norm else _uncovered_convolution(how))
-        or _unsuited(x, *parameters)
-    )
-    if reason is not None:
-        return Backend("eager", reason)
-    return Backend("triton", f"{x.dtype} on {x.device.type}" if x.is_cuda else "interpreted")
+    given = "the statistics were taken beforehand" if statistics_given else None
+    reason = given or _no_triton(x, how, parameters, norm)
+    if reason is None:
+        return Backend("triton", f"{x.dtype} on {x.device.type}" if x.is_cuda else "interpreted")
+    if not (given or WISH == "eager") and _is_closed(x, how, norm) and takes(x, *parameters):
+        return Backend("cpu", f"{x.dtype} on {x.device.type}")
+    return Backend("eager", reason)
+
+
+def _is_closed(x: Tensor, how: Units, norm: bool) -> bool:
+    """Whether what dropout does to these units is two numbers for each; masks and other paddings are not."""
+    if norm and how.kernel.stride != how.kernel.kernel_size:
+        return False
+    drawn = how.dropout_form == "moments" and x.shape[1] * how.window.places >= SMALLEST_GAUSSIAN_UNIT
+    return how.padding_mode == "zeros" and (not how.dropout or how.dropout_form == "expected" or drawn)
+
+
+def _no_triton(x: Tensor, how: Units, parameters: tuple[Tensor | None, ...], norm: bool) -> str | None:
+    covered = _uncovered_norm if norm else _uncovered_convolution
+    return _unavailable(x) or covered(x, how) or _unsuited(x, *parameters)
 
 
 def _unavailable(x: Tensor) -> str | None:
@@ -66,10 +83,12 @@ def _unavailable(x: Tensor) -> str | None:
         return "triton is not installed"
     if not x.is_cuda and not (_INTERPRETED and WISH == "triton" and x.device.type == "cpu"):
         return f"the input is on {x.device.type}; the Triton kernels are for GPUs"
+    if WISH != "triton":
+        return "the Triton kernels have not been measured on a GPU; KNPORT_KERNELS=triton asks for them"
     return None
 
 
-def _uncovered_convolution(how: Units) -> str | None:
+def _uncovered_convolution(x: Tensor, how: Units) -> str | None:
     if how.groups > 1:
         return f"groups={how.groups}: filters of a group cannot be centred"
     if how.padding_mode != "zeros":
@@ -80,8 +99,6 @@ def _uncovered_convolution(how: Units) -> str | None:
 
 
 def _uncovered_norm(x: Tensor, how: Units) -> str | None:
-    from knport.functional.statistics import SMALLEST_GAUSSIAN_UNIT  # which imports this package
-
     kernel_size, stride, *_ = how.kernel
     if any(s < k for s, k in zip(stride, kernel_size, strict=True)):
         return "the units overlap"
@@ -102,8 +119,7 @@ def _unsuited(x: Tensor, *parameters: Tensor | None) -> str | None:
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             return "torch.export: the exported graph is of PyTorch's own operators"
-        # The compiler fuses the plain operators with their neighbours, which it cannot do with a finished kernel.
-        return None if WISH == "triton" else "torch.compile fuses the plain operators (KNPORT_KERNELS=triton overrides)"
+        return None
     if torch._C._are_functorch_transforms_active():
         return "torch.func: the kernels have no rule for its transforms"
     for t in tensors:

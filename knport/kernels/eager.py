@@ -14,6 +14,9 @@ from torch.autograd import Function
 
 from knport.kernels import cpu
 
+# A Gaussian is no model of the mean of a few dozen Bernoulli terms (an RGB stem has n = 27): smaller units draw a mask.
+SMALLEST_GAUSSIAN_UNIT = 64
+
 
 class Draw(NamedTuple):
     """What dropout does to the units' statistics, each (N, 1, O, P): mu' = mu + shift sqrt(m_2), m_2' = scale m_2.
@@ -26,17 +29,16 @@ class Draw(NamedTuple):
     scale: Tensor
 
 
-def channel_moments(x: Tensor, order: int = 2) -> Tensor:
-    """Per pixel over the channels: the mean, the variance and, for order 4, the third and fourth raw moments.
+def channel_moments(x: Tensor) -> Tensor:
+    """Mean and variance over the channels of every pixel.
 
     Args:
         x: (N, C, H, W), or one or three spatial dimensions.
-        order: 2 or 4.
 
     Returns:
-        (N, order, H, W) in float32 or better.
+        (N, 2, H, W) in float32 or better.
     """
-    return _ChannelMoments.apply(x, order)
+    return _ChannelMoments.apply(x)
 
 
 def higher_moments(x: Tensor) -> Tensor:
@@ -50,32 +52,23 @@ class _ChannelMoments(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, order):
+    def forward(x):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = x.mean(1, keepdim=True)
         deviation = x - mean
-        maps = [mean, deviation.mul_(deviation).mean(1, keepdim=True)]
-        if order == 4:
-            square = x * x
-            maps += [(square * x).mean(1, keepdim=True), square.mul_(square).mean(1, keepdim=True)]
-        return torch.cat(maps, 1)
+        return torch.cat([mean, deviation.mul_(deviation).mean(1, keepdim=True)], 1)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.order = inputs
-        ctx.save_for_backward(x, output)
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx, grad):
         x, maps = ctx.saved_tensors
         grad = grad / x.shape[1]
-        slope = 2 * grad[:, 1:2]
+        slope = 2 * grad[:, 1:]
         constant = grad[:, :1] - slope * maps[:, :1]
-        wide = x.to(grad.dtype)
-        if ctx.order == 4:  # Horner: constant + x (slope + x (3 g_3 + x 4 g_4))
-            inner = torch.addcmul(3 * grad[:, 2:3], 4 * grad[:, 3:], wide)
-            slope = torch.addcmul(slope, inner, wide)
-        return torch.addcmul(constant, slope, wide).to(x.dtype), None
+        return (x.to(grad.dtype) * slope + constant).to(x.dtype)
 
 
 def draw(second: Tensor, third: Tensor, fourth: Tensor, p: float, n: int) -> Draw:
@@ -116,71 +109,6 @@ def drawn_statistics(mean: Tensor, var: Tensor, drawn: Draw) -> tuple[Tensor, Te
     # m_2' - mu'^2, sorted so that nothing large cancels
     dropped = drawn.scale * var + (drawn.scale - 1) * mean.square() - (2 * mean + shift) * shift
     return mean + shift, torch.maximum(dropped, shift.square())
-
-
-def draw_statistics(
-    mean: Tensor, var: Tensor, third: Tensor, fourth: Tensor, noise: Tensor, other: Tensor, p: float, n: int
-) -> tuple[Tensor, Tensor]:
-    """Draw (mu', var') of units under dropout from two standard normal numbers per unit.
-
-    With m_j the unit's j-th raw moment and q = p / ((1 - p) n), the Gaussian has
-
-        E[mu'] = m_1,  E[m_2'] = m_2 / (1 - p),
-        Var[mu'] = q m_2,  Var[m_2'] = q m_4 / (1 - p)^2,  Cov[mu', m_2'] = q m_3 / (1 - p)
-
-    and var' = m_2' - mu'^2, but at least (mu' - mu)^2: the shift that dropout causes is at most one SD.
-
-    Args:
-        mean, var, third, fourth: m_1, m_2 - m_1^2, m_3 and m_4, each (N, 1, O, P).
-        noise, other: standard normal, (N, 1, O, P).
-        p: dropout probability.
-        n: entries of a unit.
-    """
-    return _DrawStatistics.apply(mean, var, third, fourth, noise, other, p, n)[:2]
-
-
-class _DrawStatistics(Function):
-    """Returns mu', var', and of their making: mu' - mu (shift), the part of m_2' that is independent of mu' (rest)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(mean, var, third, fourth, noise, other, p, n):
-        keep, q = 1 - p, p / ((1 - p) * n)
-        second = torch.addcmul(var, mean, mean)
-        # third / second, which is at most fourth / third, and 0 for a unit of zeros, which stays one
-        skew = third / second.clamp_min(torch.finfo(var.dtype).tiny)
-        shift = (q * second).sqrt() * noise
-        rest = (q * torch.addcmul(fourth, skew, third, value=-1)).clamp_min(0).sqrt() * other / keep
-        drawn = torch.addcmul(var, mean, mean, value=p) / keep + rest  # nothing large cancels in what follows
-        drawn = torch.addcmul(drawn, skew / keep - 2 * mean - shift, shift)
-        return mean + shift, torch.maximum(drawn, shift * shift), shift, rest
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        mean, var, third, fourth, _, _, ctx.p, ctx.n = inputs
-        ctx.save_for_backward(mean, var, third, fourth, *output[1:])
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_var, grad_shift, grad_rest):
-        mean, var, third, fourth, drawn, shift, rest = ctx.saved_tensors
-        p, keep, q = ctx.p, 1 - ctx.p, ctx.p / ((1 - ctx.p) * ctx.n)
-        tiny = torch.finfo(var.dtype).tiny
-        second = torch.addcmul(var, mean, mean).clamp_min(tiny)
-        skew = third / second
-        bounded = drawn <= shift * shift
-        grad_shift = grad_shift + grad_mean + 2 * grad_var * shift * bounded
-        grad_var = grad_var.masked_fill(bounded, 0)
-        grad_shift = grad_shift + grad_var * (skew / keep - 2 * (mean + shift))
-        spread = q * torch.addcmul(fourth, skew, third, value=-1)
-        inner = (grad_rest + grad_var) * rest * (0.5 * q) / spread.clamp_min(tiny)
-        grad_skew = grad_var * shift / keep - inner * third
-        grad_third = grad_skew / second - inner * skew
-        grad_second = 0.5 * grad_shift * shift / second - grad_skew * skew / second
-        grad_plain = grad_var / keep + grad_second
-        along_mean = grad_second + grad_var * (p / keep)
-        grad_first = grad_mean - 2 * grad_var * shift + 2 * mean * along_mean
-        return grad_first, grad_plain, grad_third, inner, None, None, None, None
 
 
 def normalize_units(
