@@ -74,7 +74,7 @@ def count(name: str, image: tuple[int, int, int, int]) -> Count:
         with FlopCounterMode(display=False) as counter, live:
             model(torch.empty(1, *shape))
     counted = sum(parameter.numel() for parameter in model.parameters())
-    return Count(name, f"{shape[1]} x {shape[2]}", counted, counter.get_total_flops() // 2, live.peak / MIB)
+    return Count(name, f"{shape[1]} x {shape[2]}", counted, counter.get_total_flops() // 2, round(live.peak / MIB, 2))
 
 
 def build(name: str, classes: int, small: bool) -> nn.Module:

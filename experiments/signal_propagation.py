@@ -173,8 +173,8 @@ def signal_propagation(
         traces[name] = measure(name)
         write_csv(path, dict(sorted(traces.items())))  # at once: large networks take minutes
         print(f"{name}: SD {min(s.sd for s in traces[name]):.2f} to {max(s.sd for s in traces[name]):.2f}", flush=True)
-    traces = dict(sorted(traces.items()))
-    path.with_suffix(".svg").write_text(draw(traces), encoding="utf-8")
+    write_csv(path, dict(sorted(traces.items())))
+    path.with_suffix(".svg").write_text(draw(read_csv(path)), encoding="utf-8")  # of the rounded: a redraw is the same
 
 
 def main() -> int:
