@@ -151,8 +151,8 @@ def _membership_plot(cells: dict, attacks: Sequence[tuple[str, str]], settings: 
         axes.plot(x, means, "_", color=colours[number_ % 2], markersize=18, markeredgewidth=2.4, label=_name(epsilon))
     axes.axhline(50, color=plots.INK, linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(attacks)), [f"{attack}\n{images}" for images, attack in attacks], fontsize=8.5)
-    axes.set_title(
-        "area under the attack's curve [%]; 50 is guessing", loc="left", fontsize=10.5, color=plots.INK, pad=8
+    axes.set_title("attack's AUC [%]", loc="left", fontsize=10.5, color=plots.INK, pad=8)
+    axes.legend(
+        frameon=False, labelcolor=plots.INK, loc="lower right", bbox_to_anchor=(1.03, 0.96), ncols=2, fontsize=9
     )
-    axes.legend(frameon=False, labelcolor=plots.INK)
     return plots.to_svg(figure, themed=True)

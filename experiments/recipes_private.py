@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from experiments.recipe import Recipe, norm_kind
 
+# At batch size 256 and epsilon 8, best by a seed that is not among the reported ones: of 4, 8, 16 (kernel: of 8, 16)
+DIGITS_LR = {"kernel": 16.0, "group": 16.0, "layer": 8.0}
+
 
 def digits_private(model: str, norm: str, batch_size: int | None = None) -> Recipe:
     """scikit-learn's 8 x 8 digits at epsilon 8, delta 1e-4: 1,442 training images, nothing to download.
 
     Command: ``python -m experiments train digits_private --norm kernel``.
-    Hardware: one CPU core, about a minute. Expected: experiments/results/private_digits. Source: our own settings. As
-    in the papers all norms but kernel normalization get inputs without mean and SD; those of the digits are computed
-    from the training images, outside epsilon, so give --scaling unit where that matters.
+    Hardware: one CPU core, about half a minute. Expected of cifar_resnet8: KN 96, LN 78, GN 74 %
+    (experiments/results/private_digits, by ``python -m experiments privacy``). Source: our own settings. As in the
+    papers all norms but kernel normalization get inputs without mean and SD; those of the digits are computed from the
+    training images, outside epsilon, so give --scaling unit where that matters.
     """
     batch_size = 256 if batch_size is None else batch_size
     return Recipe(
         batch_size=batch_size,
-        epochs=30,
-        lr=2.0 * batch_size / 256,
+        epochs=8,
+        lr=DIGITS_LR.get(norm_kind(model, norm), 8.0) * batch_size / 256,
         momentum=0.0,
         weight_decay=0.0,
         schedule="cosine-step",
