@@ -12,6 +12,7 @@ import timm
 import torch
 import torchvision
 from timm.layers import EvoNorm2dS0, FilterResponseNormTlu2d, StdConv2d
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.nn import functional as F
 
@@ -218,6 +219,21 @@ class TestActivations:
         plan = knport.plan_norm(conv_norm_act(nn.BatchNorm2d(8), nn.Sigmoid()), "evonorm_s0")
         assert "Sigmoid stays" in reason(plan, "1")
 
+    @pytest.mark.parametrize(
+        ("norm", "act"),
+        [
+            (EvoNorm2dS0(8, groups=4), nn.SiLU),
+            (FilterResponseNormTlu2d(8), nn.ReLU),
+            (EvoNorm2dS0(8, groups=4, apply_act=False), None),
+        ],
+    )
+    def test_a_norm_with_an_activation_of_its_own_leaves_the_plain_form(self, norm, act):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 4, 1))
+        new = knport.replace_norm(model, "group", example_inputs=X)[1]
+        assert [type(m) for m in new.modules() if not list(m.children())] == [nn.GroupNorm, *([act] if act else [])]
+        again = "frn" if act is nn.ReLU else "evonorm_s0"
+        assert not knport.plan_norm(model, again, example_inputs=X).changes
+
 
 class TestWeightStandardization:
     def test_the_filters_are_standardized_and_the_weights_kept(self):
@@ -305,17 +321,17 @@ def test_what_cannot_be_replaced_is_said():
         def __init__(self):
             super().__init__()
             self.odd, self.uncalled, self.norm = Odd(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-            self.planes, self.evo = nn.LayerNorm((3, 16, 16)), EvoNorm2dS0(3, groups=1)
+            self.planes, self.response = nn.LayerNorm((3, 16, 16)), GlobalResponseNorm(3, channels_last=False)
 
         def forward(self, x):
-            return F.instance_norm(self.norm(self.evo(self.planes(self.odd(x)))))
+            return F.instance_norm(self.norm(self.response(self.planes(self.odd(x)))))
 
     plan = knport.plan_norm(Net(), "group", example_inputs=X)
     words = {
         "odd": "own forward",
         "uncalled": "never called",
         "planes": "several dimensions",
-        "evo": "more than a norm",
+        "response": "more than a norm",
     }
     for path, word in words.items():
         assert word in reason(plan, path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from knport.surgery.graph import Graph
-from knport.surgery.kinds import fused_parts
+from knport.surgery.kinds import activation_note, fused_parts
 from knport.surgery.norm_kinds import NormKind
 from knport.surgery.sites import Site
 
@@ -42,7 +42,7 @@ def activation_of(graph: Graph, site: Site, kind: NormKind, modules: dict[str, n
     """What the new norm does about the activation behind the old one."""
     fused = fused_parts(site.module)
     if not kind.activation:
-        return Taken(False, None, "; its activation stays" if fused else "")
+        return Taken(False, None, activation_note(site.module))
     act = _Act(type(fused[-1]).__name__, "") if fused else _next(graph, site, modules)
     takes_any = kind.activation == "any"
     if act is None:

@@ -18,7 +18,7 @@ from knport.surgery.norm_swap import channels_of
 from knport.surgery.sites import Site
 
 _KIN = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_KIN_NAMES = ("FrozenBatchNorm", "RmsNorm", "SimpleNorm", "FilterResponseNormAct", "LocalContextNorm", "PositionalNorm")
+_KIN_NAMES = ("FrozenBatchNorm", "RmsNorm", "SimpleNorm", "FilterResponseNorm", "EvoNorm", "LocalContext", "Positional")
 _KNOWN_LIBRARIES = ("torch.", "timm.", "torchvision.", "knport.")
 _OVER_CHANNELS = ("LayerNorm", "RMSNorm", "RmsNorm", "SimpleNorm")  # of the last dimension, unless they say 2d
 _READS_FEATURES = frozenset({"linear", "conv", "kn_conv", "pool", "output", "add", "norm", "kn_norm"})
@@ -121,6 +121,8 @@ def _already(norm: nn.Module, asked: Asked, last: bool) -> str | None:
         "instance": isinstance(norm, _InstanceNorm),
         "local_context": name == "LocalContextNorm",
         "positional": over_channels or name == "PositionalNorm",
+        "frn": name.startswith("FilterResponseNorm"),
+        "evonorm_s0": name == "EvoNorm2dS0",
     }
     if asked.norm in ("group", "group_ws", "layer"):
         same[asked.norm] = isinstance(norm, nn.GroupNorm) and norm.num_groups == groups
