@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 
 import knport
@@ -77,6 +78,7 @@ def test_convert_and_what_can_be_done_with_the_folder(capsys, tmp_path):
     model = knport.load(folder)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5) and model.conv1[0].dropout == 0.1
     assert "takes over from" in run(capsys, "plan", folder)[1]
+    assert [plan["model"] for plan in json.loads(run(capsys, "plan", folder, "--json")[1])] == ["ResNet"]
     found = json.loads(run(capsys, "summary", folder, "--json")[1])
     assert found["before"]["norms"] == {"BatchNorm2d": 15} and found["after"]["norms"] == {"KernelNorm2d": 1}
     code, out, _ = run(capsys, "check", folder, "--image-size", "32")
@@ -132,6 +134,16 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, args, words):
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert not (tmp_path / "new").exists()
+
+
+def test_trained_weights_that_cannot_be_had(capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    code, out, err = run(capsys, "plan", *SMALL, "--pretrained")
+    assert (code, out) == (2, "")
+    assert err == "error: no trained weights for timm/test_resnet: RuntimeError: no connection\n"
 
 
 @pytest.mark.parametrize(

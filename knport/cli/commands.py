@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import sys
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ def plan_command(network: Network, conversion: Conversion, json: bool = False) -
     """
     if network.folder:
         plans = recipe_in(network.folder).plans
-    else:
-        model = network.build()
-        plans = (conversion.plan(model, network.example_inputs(model)),)
-    for plan in plans:
-        _show(plan, plan.to_json() if json else None)
+        _show("\n\n".join(map(str, plans)), _dump([loads(plan.to_json()) for plan in plans]) if json else None)
+        return 0
+    model = network.build()
+    plan = conversion.plan(model, network.example_inputs(model))
+    _show(plan, plan.to_json() if json else None)
     return 0
 
 
@@ -121,7 +121,7 @@ def _pair(network: Network, conversion: Conversion) -> tuple[Any, Any, Any]:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, indent=1)
+    return dumps(value, indent=1)
 
 
 def _show(value: Any, as_json: str | None) -> None:

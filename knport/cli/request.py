@@ -53,7 +53,12 @@ class Network:
         library = self.model.partition("/")[0]
         if library not in weights:
             raise KNPortError(f"--pretrained: {library} offers no weights")
-        return named(self.model)(**origin.kwargs, **weights[library])
+        try:
+            return named(self.model)(**origin.kwargs, **weights[library])
+        except KNPortError:
+            raise
+        except Exception as error:  # of a download, of any kind, or of a network without weights
+            raise KNPortError(f"no trained weights for {self.model}: {type(error).__name__}: {error}") from error
 
     def origin(self) -> Origin:
         """How the network is built."""
