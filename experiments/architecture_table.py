@@ -44,9 +44,10 @@ PROPAGATION = """## Scale of activations
 ![SD of activations from stem to head](signal_propagation.svg)
 
 The standard deviation of what each stage puts out, on random images in evaluation mode, of freshly built networks: made
-by `python -m experiments.signal_propagation`, numbers in [signal_propagation.csv](signal_propagation.csv). Those measured
-stay within a factor of 4 but for the KNResNets in their published initialization: Kaiming's fan-out scales a stem of three
-channels to 0.2 where the blocks put out 1 to 4. Their `_macs` forms, and every network that no paper initializes, use
+by `python -m experiments.signal_propagation`, numbers in [signal_propagation.csv](signal_propagation.csv). Those
+measured stay within a factor of 4 but for the KNResNets in their published initialization: Kaiming's fan-out scales a
+stem of three channels to 0.2 where the blocks put out 1 to 4. Their `_macs` forms, and every network that no paper
+initializes, use
 LeCun normal weights, under which every kernel normalized layer puts out variance 1 (`architectures.initialization`).
 """
 
