@@ -300,6 +300,20 @@ def test_a_network_of_other_widths_runs_and_counts_what_the_form_says(name):
     assert counter.get_total_flops() == 2 * Form(made.widths, free, made.products)(x)
 
 
+def test_what_the_strategy_inner_leaves():
+    model = Net(
+        lambda m, x: m.head(pooled(m.d(torch.cat([m.c(x), m.b(m.a(x))], 1)))),
+        a=conv(3, 6),
+        b=conv(6, 4),
+        c=conv(3, 4),
+        d=conv(8, 8),
+        **copy.deepcopy(HEAD),
+    )
+    made = network(model)
+    seen = {path: made.widths.marks.get(made.widths.resolve(axis)[0]) for path, axis in made.flow.layers.items()}
+    assert seen == {"a": None, "b": {"concatenation"}, "c": {"concatenation"}, "d": {"classifier"}, "head": None}
+
+
 def test_heads_of_attention_keep_their_width():
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, embed_dim=24, num_heads=3, num_classes=4)
     made = network(model, torch.zeros(2, 3, 32, 32))
