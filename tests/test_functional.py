@@ -331,6 +331,17 @@ def test_float32_matches_float64_on_large_means_and_small_spreads(scale, offset,
     torch.testing.assert_close(norm.double(), functional.naive.kernel_norm(x, 3, 3), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+def test_padding_beside_a_large_mean(kernels, monkeypatch):
+    """The zeros of the border cost the units inside no precision, by the operation and by the formula."""
+    monkeypatch.setattr("knport.kernels.dispatch.WISH", kernels)
+    x = (torch.randn(2, 16, 9, 9, dtype=torch.float64) + 1e3).float().double()
+    weight = torch.randn(8, 16, 3, 3, dtype=torch.float64) / 12
+    y = functional.kn_conv(x.float(), weight.float(), padding=1)[..., 1:-1, 1:-1]
+    exact = functional.naive.kn_conv(x, weight, padding=1)[..., 1:-1, 1:-1]
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype, atol", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_low_precision_inputs(dtype, atol, groups):

@@ -158,8 +158,9 @@ def _combine(maps: Tensor, box: _Box) -> tuple[Tensor, Tensor]:
     the mean, since E[u^2] - mu^2 would cancel on inputs with a large mean, and is 0 where it is lost in rounding: a
     constant unit has variance 0 (up to rounding of the first level), a unit of zeros has mean 0 as well, exactly.
     """
+    # of the input, not of the padding: zeros beside a large mean would move the point away from it
+    shift = maps[:, :1].detach().mean(dim=tuple(range(1, maps.dim())), keepdim=True)
     between, within = box.pad(maps).chunk(2, 1)
-    shift = between.detach().mean(dim=tuple(range(1, between.dim())), keepdim=True)
     shifted = between - shift
     mean, shifted, square, within = box(torch.cat([between, shifted, shifted.square(), within], 1)).chunk(4, 1)
     spread = square - shifted.square()
