@@ -77,7 +77,8 @@ def _headline(rows: list[Row], families: int, csv: str) -> str:
     return (
         f"{len(rows)} networks of {families} families, the smallest of each timm file and all of torchvision's: "
         f"{done:,} of {norms:,} norms are converted, {batch - left:,} of {batch:,} BatchNorms are gone, {errors} "
-        f"networks ended with an error. Made from [{csv}](../{csv}) with `KNConfig()`."
+        f"networks ended with an error. A LayerNorm that is kept sees one position at a time, as a KernelNorm "
+        f"would. M stands for the name of a module. Made from [{csv}](../{csv}), with `KNConfig()`."
     )
 
 
@@ -95,7 +96,7 @@ def _reasons(texts: Iterable[str]) -> str:
     for text in texts:
         for part in filter(None, re.split(r"; (?=\d+ )", text)):
             number, _, reason = part.partition(" ")
-            counts[reason] += int(number)
+            counts[reason.split(";")[0]] += int(number)  # what follows explains, as the page does
     told = [f"{number} {reason}" for reason, number in counts.most_common(MOST)]
     rest = sum(counts.values()) - sum(number for _, number in counts.most_common(MOST))
     return "; ".join([*told, *([f"{rest} for other reasons"] if rest else [])])

@@ -34,7 +34,7 @@ ROWS = [
 def test_the_lines_add_up():
     text = section(ROWS, "experiments/results/sweep/sweep.csv")
     assert "5 networks of 3 families" in text and "73 of 77 norms" in text and "20 of 25 BatchNorms" in text
-    assert "| torchvision resnet | 3 | 73 / 77 | 3 Odd: own forward; stays; 1 Other: a \\| b |" in text
+    assert "| torchvision resnet | 3 | 73 / 77 | 3 Odd: own forward; 1 Other: a \\| b |" in text
     assert "| torchvision alexnet | alexnet | none there |  |" in text
     assert "| torchvision vgg | vgg11 | none there | error: KNPortError: no |" in text
 
