@@ -54,7 +54,7 @@ def kernel_norm(
     ones = (1,) * ndim
     box = Box(kernel_size, stride, padding_pairs(padding, kernel_size, stride, ones), ones)
     output_size(x.shape[2:], *box)  # raises where the kernel does not fit
-    how = Units(box, box, eps, dropout, dropout_form, centred=False)
+    how = Units(box, box, eps, dropout, dropout_form)
     chosen = backend(x, how, norm=True).name
     if chosen == "triton":
         from knport.functional import gpu  # and Triton with it
@@ -127,7 +127,7 @@ def kn_conv(
     kernel = Box(kernel_size, stride, pairs, dilation)
     output_size(x.shape[2:], *kernel)  # raises where the kernel does not fit
     window = _window(kernel, norm_window)
-    how = Units(kernel, window, eps, dropout, dropout_form, padding_mode, groups, centred=groups == 1)
+    how = Units(kernel, window, eps, dropout, dropout_form, padding_mode, groups)
     chosen = backend(x, how, weight, bias, statistics_given=statistics is not None).name
     if chosen == "triton":
         from knport.functional import gpu  # and Triton with it

@@ -33,26 +33,39 @@ def takes(*tensors: Tensor | None) -> bool:
     )
 
 
-def pixel_moments(x: Tensor, order: int) -> Tensor:
-    """Over the channels of every pixel: mean, variance and, for order 4, E[x^3] and E[x^4].
+def raw_moments(x: Tensor, order: int) -> Tensor:
+    """E[x], E[x^2] and, for order 4, E[x^3] and E[x^4] over the channels of every pixel.
 
     Args:
         x: (N, C, H, W).
         order: 2 or 4.
 
     Returns:
-        (N, order, H, W).
+        (N, order, H, W) in float32.
     """
     maps = x.new_empty(len(x), order, *x.shape[2:])
-    for part, scratch, moments in _parts(x, maps):
-        mean, var, *higher = moments.split(1, 1)
-        torch.mean(part, 1, keepdim=True, out=mean)
-        deviation = torch.sub(part, mean, out=scratch)
-        torch.mean(deviation.mul_(deviation), 1, keepdim=True, out=var)
-        if higher:
-            square = torch.mul(part, part, out=scratch)
-            torch.mean(square * part, 1, keepdim=True, out=higher[0])
-            torch.mean(square.mul_(square), 1, keepdim=True, out=higher[1])
+    torch.mean(x, 1, keepdim=True, out=maps[:, :1])
+    if order == 2 and as_rows(x) is not None:  # in any other order vector_norm is slow
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        torch.mul(norm, norm, out=maps[:, 1:]).div_(x.shape[1])
+        return maps
+    for part, scratch, moments in _parts(x, maps[:, 1:]):
+        square = torch.mul(part, part, out=scratch)
+        torch.mean(square, 1, keepdim=True, out=moments[:, :1])
+        if order == 4:
+            torch.mean(square * part, 1, keepdim=True, out=moments[:, 1:2])
+            torch.mean(square.mul_(square), 1, keepdim=True, out=moments[:, 2:])
+    return maps
+
+
+def careful_moments(x: Tensor, order: int) -> Tensor:
+    """As `raw_moments`, in float64, the variance taken about the mean: E[u^2] - mu^2 then keeps what cancels."""
+    maps = raw_moments(x, order).double()
+    mean, square, *_ = maps.split(1, 1)
+    for part, scratch, center, var in _parts(x, mean.float(), square):
+        deviation = torch.sub(part, center, out=scratch)
+        var.copy_(deviation.mul_(deviation).mean(1, keepdim=True))
+    square.addcmul_(mean, mean)
     return maps
 
 

@@ -42,53 +42,65 @@ def kn_conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Units, formula:
     tensors = [t for t in (x, weight, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _KNConv.apply(x, weight, bias, how, formula)
-    of_units = statistics(x, how)
-    convolved = _convolve(x, weight, how)
-    vectors = _filter_sums(weight, of_units)
-    return cpu.scale_and_shift(convolved, of_units.rstd, of_units.offset, vectors, bias, inplace=True)
+    of_units, sums, convolved = _forward(x, weight, how)
+    return cpu.scale_and_shift(convolved, of_units.rstd, of_units.offset, sums, bias, inplace=True)
+
+
+def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor | None, Tensor]:
+    """The statistics, the sums of the filters (1, C_out) where these are needed, and the convolution."""
+    of_units = statistics(x, how, weight.numel() if how.groups == 1 else None)
+    sums = None if of_units.offset is None else weight.sum(_filter(weight))[None]
+    return of_units, sums, _convolve(x, _centred(weight) if of_units.centred else weight, how)
 
 
 class _KNConv(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, how, formula):
-        of_units = statistics(x, how)
-        convolved = _convolve(x, weight, how)
+        of_units, sums, convolved = _forward(x, weight, how)
         ctx.how, ctx.formula = how, formula
-        keep(ctx, of_units, x, weight, bias, convolved)
-        return cpu.scale_and_shift(convolved, of_units.rstd, of_units.offset, _filter_sums(weight, of_units), bias)
+        keep(ctx, of_units, x, weight, bias, convolved, sums)
+        return cpu.scale_and_shift(convolved, of_units.rstd, of_units.offset, sums, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        of_units, (x, weight, bias, convolved) = kept(ctx)
+        of_units, (x, weight, bias, convolved, sums) = kept(ctx)
         how, wanted = ctx.how, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             y = ctx.formula(x, weight, bias, how, drawn=draw_of(of_units))
             return *differentiable(y, (x, weight, bias), grad, wanted), None, None
-        sums = _filter_sums(weight, of_units)
         grads = cpu.scale_and_shift_backward(grad, convolved, of_units.rstd, of_units.offset, sums, bias is not None)
         grad_convolved, grad_rstd, grad_offset, grad_sums, grad_bias = grads
-        grad_x, grad_weight = _convolve_backward(grad_convolved, x, weight, how, wanted)
-        if grad_sums is not None and grad_weight is not None:
-            grad_weight += grad_sums.view(-1, *(1,) * (weight.dim() - 1))
+        filters = _centred(weight) if of_units.centred else weight
+        grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)
+        if wanted[1]:
+            grad_weight = _add_to_filters(grad_weight, grad_sums, of_units.centred)
         if wanted[0]:
             constant, slope = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
             grad_x = cpu.add_input_gradient(grad_x, x, constant, slope)
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _filter_sums(weight: Tensor, of_units: Statistics) -> Tensor | None:
-    return None if of_units.offset is None else weight.sum(tuple(range(1, weight.dim())))[None]  # (1, C_out)
+def _filter(weight: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, weight.dim()))
 
 
-def _centred(weight: Tensor, how: Units) -> Tensor:
-    return weight if not how.centred else weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
+def _centred(weight: Tensor) -> Tensor:
+    return weight - weight.mean(_filter(weight), keepdim=True)
+
+
+def _add_to_filters(grad: Tensor, grad_sums: Tensor | None, centred: bool) -> Tensor:
+    """The gradient of the filters as given, from that of the filters used and that of their sums, (1, C_out)."""
+    if grad_sums is None:
+        return _centred(grad)  # without an offset the filters are centred
+    change = grad_sums.view(-1, *(1,) * (grad.dim() - 1))
+    return grad.add_(change - grad.mean(_filter(grad), keepdim=True) if centred else change)
 
 
 def _convolve(x: Tensor, weight: Tensor, how: Units) -> Tensor:
     x, padding = _padded(x, how)
     _, stride, _, dilation = how.kernel
     where = (stride, padding, dilation, False, [0] * len(padding), how.groups)
-    return torch.ops.aten.convolution(x, _centred(weight, how), None, *where)
+    return torch.ops.aten.convolution(x, weight, None, *where)
 
 
 def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, how: Units, wanted) -> tuple[Tensor, Tensor]:
@@ -96,12 +108,10 @@ def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, how: Units, want
     _, stride, pairs, dilation = how.kernel
     where = (stride, padding, dilation, False, [0] * len(padding), how.groups)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, padded, _centred(weight, how), None, *where, [wanted[0], wanted[1], False]
+        grad, padded, weight, None, *where, [wanted[0], wanted[1], False]
     )
     if grad_x is not None and padded is not x:
         grad_x = pad(grad_x, tuple((-before, -after) for before, after in pairs))
-    if grad_weight is not None:
-        grad_weight = _centred(grad_weight, how)
     return grad_x, grad_weight
 
 

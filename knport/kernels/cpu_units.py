@@ -1,4 +1,7 @@
-"""The statistics of every unit on CPUs, forward and backward, on one-channel maps: float64 where sums cancel.
+"""The statistics of every unit on CPUs, forward and backward, on one-channel maps.
+
+E[u^2] - mu^2 in float32 is as good as any other way while the mean is not large beside the spread. That is looked up:
+a batch with a unit of |mu| > 8 SD (or a constant one) is gone through again, centred and in float64.
 
 Every form of dropout that runs here has statistics mu' = mu + shift sqrt(m_2) and var' = scale m_2 - mu'^2 with
 constants shift and scale: (0, 1) without dropout, (0, (1 - p / n) / (1 - p)) for the expected ones, else a `Draw`.
@@ -29,8 +32,10 @@ class Units(NamedTuple):
     dropout_form: str
     padding_mode: str = "zeros"
     groups: int = 1
-    centred: bool = True
-    """Whether the filters have mean 0, so that only what the mean is moved by is left to subtract."""
+
+
+# mu^2 beyond this share of E[u^2] is |mu| > 8 SD
+TAME = 1 - 1 / 65
 
 
 class Statistics(NamedTuple):
@@ -40,7 +45,10 @@ class Statistics(NamedTuple):
     """mu'"""
     rstd: Tensor
     offset: Tensor | None
-    """What times the sum of each filter is to be subtracted; None for nothing."""
+    """What times the sum of each filter is to be subtracted: mu', or what it is moved by if filters are centred, or
+    None for nothing."""
+    centred: bool
+    """Whether filters of mean 0 are to be used."""
     scale: Tensor | float
     drawn: Drawn | None
 
@@ -59,7 +67,7 @@ class Drawn(NamedTuple):
 
 def keep(ctx, of_units: Statistics, *tensors: Tensor | None) -> None:
     """Save both for the backward pass of a `Function`."""
-    mean, rstd, offset, scale, drawn = of_units
+    mean, rstd, offset, ctx.centred, scale, drawn = of_units
     ctx.scale = None if drawn else scale
     ctx.save_for_backward(*tensors, mean, rstd, offset, *((scale, *drawn) if drawn else ()))
     ctx.n_tensors = len(tensors)
@@ -69,8 +77,8 @@ def kept(ctx) -> tuple[Statistics, tuple[Tensor | None, ...]]:
     """What `keep` saved."""
     tensors, (mean, rstd, offset, *drawn) = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
     if not drawn:
-        return Statistics(mean, rstd, offset, ctx.scale, None), tensors
-    return Statistics(mean, rstd, offset, drawn[0], Drawn(*drawn[1:])), tensors
+        return Statistics(mean, rstd, offset, ctx.centred, ctx.scale, None), tensors
+    return Statistics(mean, rstd, offset, ctx.centred, drawn[0], Drawn(*drawn[1:])), tensors
 
 
 def draw_of(of_units: Statistics) -> Draw | None:
@@ -78,30 +86,42 @@ def draw_of(of_units: Statistics) -> Draw | None:
     return None if of_units.drawn is None else Draw(of_units.drawn.shift, of_units.scale)
 
 
-def statistics(x: Tensor, how: Units) -> Statistics:
-    """Of every unit of x (N, C, H, W)."""
+def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistics:
+    """Of every unit of x (N, C, H, W).
+
+    n_weights: of the filters, for a convolution of one group. Centring them costs passes over them, subtracting mu
+    times their sums one over the output: whichever is less, where the mean is small enough for both.
+    """
     p, n = how.dropout, x.shape[1] * how.window.places
     drawing = p > 0 and how.dropout_form == "moments"
-    maps = cpu.pixel_moments(x, 4 if drawing else 2).double()
-    first, square, *_ = maps.split(1, 1)
-    square.addcmul_(first, first)  # E[x^2] = var + mean^2
+    order = 4 if drawing else 2
+    maps = cpu.raw_moments(x, order)
     pooled = how.window.mean(maps)
+    tame = not bool((pooled[:, :1].square() > TAME * pooled[:, 1:2]).any())
+    if not tame:
+        maps = cpu.careful_moments(x, order)
+        pooled = how.window.mean(maps)
     mean, second, *higher = pooled.split(1, 1)
     var = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0).float()
-    mean = mean.float()
-    own_mean = mean if how.kernel == how.window else how.kernel.mean(first).float()
+    mean, second, *higher = (m.float() for m in (mean, second, *higher))
+    own_mean = mean if how.kernel == how.window else how.kernel.mean(maps[:, :1]).float()
+    few = n_weights is not None and n_weights < x.numel() and not drawing
+    centred = n_weights is not None and (few or not tame)
     if drawing:
-        return _draw(mean, var, second.float(), *(m.float() for m in higher), own_mean, n, how)
+        drawn = draw(second, *higher, p, n)
+        return _dropped(mean, var, second, own_mean, centred, drawn, how)
     scale = (1 - p / n) / (1 - p)
     if p:
         var = (scale * var).addcmul_(mean, mean, value=scale - 1)  # scale m_2 - mu^2
-    offset = None if own_mean is mean else mean - own_mean
-    return Statistics(mean, reciprocal_sd(own_mean, var, how.eps), offset if how.centred else mean, scale, None)
+    rstd = reciprocal_sd(own_mean, var, how.eps)
+    mean = mean.clone()  # not the view of all moments, which would be kept with it
+    offset = mean if not centred else None if how.kernel == how.window else mean - own_mean
+    return Statistics(mean, rstd, offset, centred, scale, None)
 
 
-def _draw(mean, var, second, third, fourth, own_mean, n: int, how: Units) -> Statistics:
-    shift, scale = draw(second, third, fourth, how.dropout, n)
-    root = second.sqrt_()
+def _dropped(mean, var, second, own_mean, centred: bool, drawn: Draw, how: Units) -> Statistics:
+    shift, scale = drawn
+    root = second.sqrt()
     moved = root * shift
     # scale m_2 - mu'^2, sorted so that nothing large cancels
     var = (scale * var).addcmul_(scale - 1, mean * mean).addcmul_(torch.add(moved, mean, alpha=2), moved, value=-1)
@@ -110,15 +130,15 @@ def _draw(mean, var, second, third, fourth, own_mean, n: int, how: Units) -> Sta
     rstd = reciprocal_sd(own_mean, torch.maximum(var, floor), how.eps)
     ratio = shift.div(root.clamp_min_(torch.finfo(torch.float32).tiny)).mul_(0.5)
     dropped = mean + moved
-    offset = dropped if not how.centred else moved if own_mean is mean else dropped - own_mean
-    return Statistics(dropped, rstd, offset, scale, Drawn(shift, moved, ratio, bounded))
+    offset = dropped if not centred else moved if own_mean is mean else dropped - own_mean
+    return Statistics(dropped, rstd, offset, centred, scale, Drawn(shift, moved, ratio, bounded))
 
 
 def statistics_backward(
     x: Tensor, of_units: Statistics, grad_rstd: Tensor, grad_offset: Tensor | None, how: Units
 ) -> tuple[Tensor, Tensor]:
     """dL/dx by way of the statistics is constant + slope x; both (N, 1, H, W). Overwrites grad_rstd."""
-    mean, rstd, _, scale, drawn = of_units
+    mean, rstd, _, centred, scale, drawn = of_units
     grad_var = grad_rstd.mul_(rstd).mul_(rstd * rstd).mul_(-0.5)
     free = grad_var.masked_fill(drawn.bounded, 0) if drawn else grad_var
     grad_mean = (mean * free).mul_(-2)
@@ -129,7 +149,7 @@ def statistics_backward(
         grad_moved = grad_mean.addcmul(drawn.moved, grad_var - free, value=2)
         grad_second.addcmul_(grad_moved, drawn.ratio)
     size = x.shape[2:]
-    centred = grad_offset is not None and how.centred
+    centred = centred and grad_offset is not None
     if centred and how.kernel == how.window:
         grad_mean = grad_mean - grad_offset
     maps = torch.cat([grad_mean, grad_second.mul_(2)], 1).div_(x.shape[1])
