@@ -1,4 +1,4 @@
-"""`python -m experiments.benchmarks run | plot | bars`: measure, draw, compare with the bars.
+"""`python -m experiments.benchmarks run | plot | profile | bars`: measure, draw, look inside, compare with the bars.
 
 Errors that a user can mend end with one message and exit code 2.
 """
@@ -13,6 +13,7 @@ import tyro
 COMMANDS = {
     "run": "measure benchmarks and append the rows to the CSV",
     "plot": "draw the pictures of the README and docs from the CSV",
+    "profile": "where the step of a layer goes: convolution, passes over full-size tensors, maps, the rest",
     "bars": "print the acceptance table from the CSV: figure, bar, met or not",
 }
 PROG = "python -m experiments.benchmarks"
@@ -23,7 +24,7 @@ def main(args: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     if command in ("-h", "--help"):
         print(f"usage: {PROG} COMMAND [-h] ...\n")
-        print(*(f"  {name:5} {text}" for name, text in COMMANDS.items()), sep="\n")
+        print(*(f"  {name:7} {text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
     try:
         from knport.errors import KNPortError, UnknownName
