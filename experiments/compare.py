@@ -24,6 +24,7 @@ from experiments.results import Cost, write
 from experiments.run import Run
 from experiments.run_folder import RunFolder
 from experiments.summary import headline
+from experiments.tasks import Classification, task_of
 from experiments.train import train
 from knport.errors import KNPortError
 
@@ -103,6 +104,8 @@ def compare(
 def run_grid(runs: Sequence[Run], folder: Path, *, command: str, cost_seconds: float, quiet: bool = False) -> Path:
     """Measure, train and report a list of runs; see `compare`."""
     finished = {key_of(run) for run in runs if (RunFolder(run).stored() or {}).get("status") == "finished"}
+    if task_of(runs[0]) is not Classification:
+        raise KNPortError(f"compare shows accuracies of classification; train {runs[0].recipe} by `train`")
     train_set, _ = data.load(runs[0])
     write_notes(folder, [planned_row(run, command) for run in runs], {})
     try:

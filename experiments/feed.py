@@ -5,6 +5,8 @@ Letters: N images, B images per step over all processes, b = B / processes.
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,7 @@ class Feed:
     """
 
     def __init__(self, images: ImageSet, run: Run, rank: int = 0, world: int = 1):
-        if len(images) < run.batch_size:
-            raise KNPortError(f"batch size {run.batch_size} is more than the {len(images)} training images: give less")
+        check_batch_size(images, run)
         self.images, self.run, self.rank, self.world = images, run, rank, world
         self.device = images.images.device
         self.padding = max(1, images.images.shape[-1] // 8)
@@ -61,7 +62,16 @@ class Feed:
 
     def _order(self, epoch: int) -> Tensor:
         """Rows of the images of each step of the epoch for this process, (steps, b)."""
-        order = torch.randperm(len(self.images), generator=generator(self.run.seed, "order", epoch))
-        return order[: self.steps_per_epoch * self.run.batch_size].view(-1, self.run.batch_size)[
-            :, self.rank :: self.world
-        ]
+        return epoch_order(len(self.images), self.run, epoch)[:, self.rank :: self.world]
+
+
+def epoch_order(count: int, run: Run, epoch: int) -> Tensor:
+    """Rows of the images of each step of the epoch, (steps, B), of `count` images."""
+    order = torch.randperm(count, generator=generator(run.seed, "order", epoch))
+    return order[: count // run.batch_size * run.batch_size].view(-1, run.batch_size)
+
+
+def check_batch_size(images: Sized, run: Run) -> None:
+    """Raise `KNPortError` if the images do not fill one batch."""
+    if len(images) < run.batch_size:
+        raise KNPortError(f"batch size {run.batch_size} is more than the {len(images)} training images: give less")

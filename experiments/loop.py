@@ -8,18 +8,16 @@ curve on one process and on several.
 from __future__ import annotations
 
 import time
+from collections.abc import Sized
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from experiments import checkpoint
 from experiments.budget import Budget
-from experiments.data.images import ImageSet
-from experiments.evaluate import evaluate
 from experiments.feed import Feed
 from experiments.meter import NonFiniteLoss, peak_mib
 from experiments.progress import Report
@@ -29,6 +27,7 @@ from experiments.run_folder import RunFolder
 from experiments.schedule import learning_rate
 from experiments.signals import StopRequest, TrainingStopped, agree
 from experiments.state import State
+from experiments.tasks import Classification
 
 SAVE_SECONDS = 5.0  # without checkpoint_every, no two checkpoints are closer
 POLL_STEPS = 16  # on several GPUs: agreeing makes the host wait, so not at every step
@@ -40,8 +39,9 @@ class Loop:
     Args:
         run: what to do.
         accelerator: of this process.
+        task: the batches, the loss, and what is measured.
         net: the model on the CPU, initialized alike on all processes.
-        train, test: the images on the device.
+        train, test: the images, on the device unless their batches are put there.
         folder: where results go; already opened for this run.
         report: what tells the user.
         stop: the signals received.
@@ -51,15 +51,16 @@ class Loop:
         self,
         run: Run,
         accelerator: Accelerator,
+        task: Classification,
         net: nn.Module,
-        train: ImageSet,
-        test: ImageSet,
+        train: Sized,
+        test: Sized,
         folder: RunFolder,
         report: Report,
         stop: StopRequest,
     ):
         self.run, self.accelerator, self.device = run, accelerator, accelerator.device
-        self.folder, self.report, self.stop, self.test = folder, report, stop, test
+        self.folder, self.report, self.stop, self.task, self.test = folder, report, stop, task, test
         self.feed = self._feed(train)
         self.total = run.steps or run.epochs * self.feed.steps_per_epoch
         self.eval_steps = max(1, round(run.eval_every * self.feed.steps_per_epoch))
@@ -74,8 +75,8 @@ class Loop:
 
     # What private training does in another way
 
-    def _feed(self, train: ImageSet) -> Feed:
-        return Feed(train, self.run, self.accelerator.process_index, self.accelerator.num_processes)
+    def _feed(self, train: Sized) -> Feed:
+        return self.task.feed(train)
 
     def _budget(self) -> Budget | None:
         return None
@@ -140,19 +141,19 @@ class Loop:
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Accumulate the gradient of the mean loss, and return the loss; processes exchange gradients once."""
-        parts = self.run.accumulate
+        parts, total = self.run.accumulate, self.task.total(labels)
         if parts == 1:
-            return self._backward_part(images, labels)
+            return self._backward_part(images, labels, total)
         pairs = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
         with self.accelerator.no_sync(self.model):
-            losses = [self._backward_part(x, y) for x, y in pairs[:-1]]
-        losses.append(self._backward_part(*pairs[-1]))
+            losses = [self._backward_part(x, y, total) for x, y in pairs[:-1]]
+        losses.append(self._backward_part(*pairs[-1], total))
         return torch.stack(losses).sum()
 
-    def _backward_part(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _backward_part(self, images: Tensor, labels: Tensor, total: Tensor | int) -> Tensor:
         with self.accelerator.autocast():
             logits = self.model(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.run.label_smoothing) / self.run.accumulate
+        loss = self.task.loss(logits, labels, total)
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -193,14 +194,8 @@ class Loop:
         seconds = self._tick()
         self._share_buffers()
         seed_device(self.device, fold(self.run.seed, "evaluate", self.state.step))
-        measured = evaluate(
-            self.state.evaluated_net,
-            self.test,
-            self.accelerator,
-            scaling=self.run.scaling,
-            channels_last=self.run.channels_last,
-            stopped=lambda: bool(self._stop_signal()),
-        )
+        net = self.state.evaluated_net
+        measured = self.task.evaluate(net, self.test, stopped=lambda: bool(self._stop_signal()))
         if measured is None:
             self._save_and_leave(self._stop_signal())
         if not measured["test_loss"] < float("inf"):  # NaN too
@@ -223,13 +218,14 @@ class Loop:
             **self._row_extras(),
         }
         state.evaluated = self._logged_at = state.step
-        better = measured["top1"] > state.best_top1
+        score = measured[self.task.score]
+        better = score > state.best_score
         if better:
-            state.best_top1, state.best_step = measured["top1"], state.step
+            state.best_score, state.best_step = score, state.step
         if self.accelerator.is_main_process:
             self.folder.append_log(row)
             if better:
-                best = {"step": state.step, "top1": state.best_top1}
+                best = {"step": state.step, self.task.score: score}
                 checkpoint.write(self.folder.best, {"model": state.evaluated_net.state_dict()}, best)
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=state.step)
         self.report.evaluation(row)

@@ -16,6 +16,7 @@ NORMS = ("original", "kernel", *replace.NORMS)
 KERNEL_NORMS = (knport.KernelNorm1d, knport.KernelNorm2d, knport.KernelNorm3d)
 KN_CONVS = (knport.KNConv1d, knport.KNConv2d, knport.KNConv3d)
 AUXILIARY = ("googlenet", "inception_v3")  # of torchvision: more than one output while training, unless told otherwise
+DENSE_EXAMPLE = 128  # pixels; networks for segmentation are tried at no more
 SMALL_IMAGE = 64  # pixels; up to here a network gets the stem for low resolution where it has one
 
 
@@ -26,6 +27,7 @@ def build(
     num_classes: int,
     in_chans: int = 3,
     image_size: int,
+    dense: bool = False,
     dropout: float | None = None,
     dropout_form: str | None = None,
     activation: str | None = None,
@@ -40,6 +42,7 @@ def build(
         image_size: their height in pixels; at most 64 means the low-resolution stem: `architectures` builds it in,
             and a ResNet of timm or torchvision gets a 3 x 3 stride-1 first convolution and no max pool, as usual on
             CIFAR.
+        dense: the model is to give scores at many places of an image of any size, for segmentation.
         dropout: p of every kernel normalization layer. The networks of `architectures` give their last KernelNorm
             the share of it that was published with them, others are given `set_dropout`; None leaves all as it is.
         dropout_form: of these layers: "moments", "shared" or "unit"; None leaves each its own.
@@ -49,7 +52,9 @@ def build(
     """
     built_with = {} if dropout is None or norm == "kernel" else _own_dropout(name, dropout)
     model = _create(name, num_classes, in_chans, image_size, **built_with)
-    model = _renorm(model, norm, torch.zeros(2, in_chans, image_size, image_size))
+    size = min(image_size, DENSE_EXAMPLE) if dense else image_size
+    example = torch.zeros(2, in_chans, size, size)
+    model = _renorm(model, norm, example)
     if dropout is not None and not built_with:
         set_dropout(model, dropout)
     if dropout_form is not None:
@@ -58,8 +63,20 @@ def build(
                 module.dropout_form = dropout_form
     if activation is not None:
         set_activation(model, activation)
-    _try(model, name, torch.zeros(2, in_chans, image_size, image_size), num_classes)
+    _try(model, name, example, num_classes, dense)
     return model
+
+
+def synchronize_batchnorm(model: nn.Module, device: torch.device, processes: int) -> nn.Module:
+    """On several GPUs, BatchNorm modules that share their statistics; on one process, the model as it is.
+
+    Raises `KNPortError` on several CPU processes, for which torch has none.
+    """
+    if processes == 1 or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return model
+    if device.type == "cpu":
+        raise KNPortError("sync_batchnorm needs GPUs for several processes; give --no-sync-batchnorm, or one process")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def list_models() -> list[str]:
@@ -158,7 +175,7 @@ def _renorm(model: nn.Module, norm: str, example: torch.Tensor) -> nn.Module:
 
 
 @torch.no_grad()
-def _try(model: nn.Module, name: str, example: torch.Tensor, num_classes: int) -> None:
+def _try(model: nn.Module, name: str, example: torch.Tensor, num_classes: int, dense: bool) -> None:
     """Two blank images through the model: an unfit size shows here, not in the middle of a run."""
     image = tuple(example.shape[1:])
     model.eval()
@@ -168,6 +185,12 @@ def _try(model: nn.Module, name: str, example: torch.Tensor, num_classes: int) -
         raise KNPortError(f"{name} cannot take images {image}: {error}; choose a model for this size") from error
     finally:
         model.train()
-    if not isinstance(logits, torch.Tensor) or logits.shape != (len(example), num_classes):
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise KNPortError(f"{name} gives {found} for 2 images; expected class scores (2, {num_classes})")
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    expected = (len(example), num_classes)
+    if dense and (found[:2] != expected or len(found) != 4):
+        raise KNPortError(
+            f"{name} gives {found} for 2 images; expected a map of class scores {(*expected, 'h', 'w')}: choose a"
+            " network for segmentation, such as fcn_knresnet18 or fcn_resnet18"
+        )
+    if not dense and found != expected:
+        raise KNPortError(f"{name} gives {found} for 2 images; expected class scores {expected}")

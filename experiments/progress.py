@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+SCORES = {"top1": "top-1", "miou": "mIoU"}
+
 
 class Report:
     """Speaks for one run; silent on every process but the main one, and when `quiet`.
@@ -36,8 +38,9 @@ class Report:
 
     def evaluation(self, row: dict[str, float]) -> None:
         spent = f", epsilon {row['epsilon']:.4g}" if "epsilon" in row else ""
+        scores = ", ".join(f"{text} {row[name]:.2f} %" for name, text in SCORES.items() if name in row)
         self.note(
-            f"step {row['step']}, epoch {row['epoch']:.4g}: top-1 {row['top1']:.2f} %,"
+            f"step {row['step']}, epoch {row['epoch']:.4g}: {scores},"
             f" test loss {row['test_loss']:.4f}, train loss {row['train_loss']:.4f},"
             f" {row['images_per_second']:.0f} images/s{spent}"
         )

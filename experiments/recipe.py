@@ -25,6 +25,14 @@ class Recipe:
     """Inputs as pixel / 255 (unit) or with mean and SD removed (standard)."""
     augment: str = "crop-flip"
     """Augmentation of the training images."""
+    crop_height: int | None = None
+    """Pixels of the images that a segmentation network is trained on."""
+    crop_width: int | None = None
+    """Likewise."""
+    class_weights: bool = False
+    """Weigh the classes in the loss of segmentation as published."""
+    sync_batchnorm: bool = False
+    """On several GPUs, BatchNorm normalizes over the images of all."""
     activation: str | None = None
     """In the place of the model's ReLUs; None: the model's own."""
     epsilon: float | None = None
@@ -40,10 +48,10 @@ class Recipe:
 def norm_kind(model: str, norm: str) -> str:
     """Which of the papers' columns a run belongs to: kernel, batch, group or layer.
 
-    `original` is kernel for the hand-built kernel normalized networks (names in kn... and dp_kn...), else batch. Norms
-    that the papers did not train (instance, none, ...) take the layer column, the most careful one.
+    `original` is kernel for the hand-built kernel normalized networks (names in kn..., dp_kn... and fcn_kn...), else
+    batch. Norms that the papers did not train (instance, none, ...) take the layer column, the most careful one.
     """
     name = model.rsplit("/", 1)[-1].lower()
-    if norm == "kernel" or (norm == "original" and name.removeprefix("dp_").startswith("kn")):
+    if norm == "kernel" or (norm == "original" and name.removeprefix("dp_").removeprefix("fcn_").startswith("kn")):
         return "kernel"
     return {"original": "batch", "batch": "batch", "group": "group"}.get(norm, "layer")

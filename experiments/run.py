@@ -10,10 +10,10 @@ import tyro
 from experiments import recipes
 
 CHOICES = {
-    "schedule": ("cosine", "cosine-step", "constant", "halve", "decay"),
+    "schedule": ("cosine", "cosine-step", "constant", "poly", "step30", "halve", "decay"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "scaling": ("unit", "standard"),
-    "augment": ("none", "crop", "crop-flip"),
+    "augment": ("none", "crop", "crop-flip", "scale-crop-flip"),
     "activation": ("relu", "mish", None),
     "dropout_form": ("moments", "shared", "unit", None),
     "accountant": ("rdp", "prv", "gdp"),
@@ -54,8 +54,9 @@ class Run:
     """Momentum of SGD."""
     weight_decay: float = 5e-4
     """Weight decay of SGD, on all parameters as published."""
-    schedule: Literal["cosine", "cosine-step", "constant", "halve", "decay"] = "cosine"
-    """cosine to 1 %, constant within an epoch (published); cosine-step follows it step by step; of private training:
+    schedule: Literal["cosine", "cosine-step", "constant", "poly", "step30", "halve", "decay"] = "cosine"
+    """cosine to 1 %, constant within an epoch (published); cosine-step follows it step by step; poly is (1 - step /
+    total)^0.9, of segmentation; step30 is x 0.1 every 30 epochs, of ImageNet; of private training:
     halve is x 0.5 at 70 and 90 % of the run (TMLR), decay is x 0.99 each epoch (v1)."""
     warmup: int = 0
     """Steps of linear warm-up."""
@@ -73,8 +74,17 @@ class Run:
     """Autocast precision."""
     scaling: Literal["unit", "standard"] = "standard"
     """Inputs as pixel / 255, or with mean and SD removed."""
-    augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
-    """Random crop after zero padding by an eighth of the image (4 pixels of 32), and horizontal flip."""
+    augment: Literal["none", "crop", "crop-flip", "scale-crop-flip"] = "crop-flip"
+    """Random crop after zero padding by an eighth of the image (4 pixels of 32), and horizontal flip; of segmentation,
+    a crop of crop_height x crop_width, and scale by 0.5 to 2.1 before it."""
+    crop_height: int | None = None
+    """Pixels of the images that a segmentation network is trained on. None: as high as the first image."""
+    crop_width: int | None = None
+    """Likewise."""
+    class_weights: bool = False
+    """Weigh the classes in the loss of segmentation as published for the data set."""
+    sync_batchnorm: bool = False
+    """On several GPUs, BatchNorm normalizes over the images of all."""
     activation: Literal["relu", "mish"] | None = None
     """Replace the model's ReLUs by this; None: the model's own."""
     epsilon: float | None = None
@@ -142,6 +152,8 @@ class Run:
             "checkpoint_every",
             "processes",
             "physical_batch_size",
+            "crop_height",
+            "crop_width",
         ):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1, or None")

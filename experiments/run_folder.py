@@ -27,11 +27,11 @@ except ImportError:  # Windows: two trainings in one folder are then not noticed
 
 from experiments import checkpoint
 from experiments.run import Run, differences
+from experiments.tasks import task_of
 from knport.errors import KNPortError
 
-LOG_COLUMNS = (
-    "step", "epoch", "lr", "train_loss", "test_loss", "top1", "top5", "images_per_second", "peak_mib", "seconds",
-)  # fmt: skip
+LOG_START = ("step", "epoch", "lr", "train_loss", "test_loss")  # then what the task measures
+LOG_END = ("images_per_second", "peak_mib", "seconds")
 
 
 class RunFolder:
@@ -42,7 +42,8 @@ class RunFolder:
         self.last, self.previous, self.best = (self.path / name for name in ("last", "previous", "best"))
         self.log, self.losses = self.path / "log.csv", self.path / "losses.csv"
         self.key = self.path / "privacy.key"
-        self.columns = (*LOG_COLUMNS, "epsilon") if run.private else LOG_COLUMNS
+        spent = ("epsilon",) if run.private else ()
+        self.columns = (*LOG_START, *task_of(run).metrics, *LOG_END, *spent)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

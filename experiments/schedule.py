@@ -7,6 +7,7 @@ import math
 from experiments.run import Run
 
 FLOOR = 0.01  # the cosine ends at this share of the peak, as published
+POWER = 0.9  # of poly, as published
 
 
 def learning_rate(run: Run, step: int, steps_per_epoch: int, total_steps: int) -> float:
@@ -14,12 +15,17 @@ def learning_rate(run: Run, step: int, steps_per_epoch: int, total_steps: int) -
 
     ``cosine`` is constant within an epoch, as `CosineAnnealingLR` stepped once per epoch makes it (the papers);
     ``cosine-step`` is the same curve followed step by step, for runs of a few epochs. `run.warmup` steps of linear
-    warm-up multiply any. ``halve`` and ``decay`` are those of the papers' private training: x 0.5 at 70 and 90 % of the
-    steps (epochs 70 and 90 of 100), and x 0.99 per epoch.
+    warm-up multiply any. ``poly`` falls as (1 - step / total)^0.9, as segmentation is trained; ``step30`` is x 0.1
+    every 30 epochs, as ImageNet is. ``halve`` and ``decay`` are those of the papers' private training: x 0.5 at 70 and
+    90 % of the steps (epochs 70 and 90 of 100), and x 0.99 per epoch.
     """
     warmup = min(1.0, (step + 1) / (run.warmup + 1))
     if run.schedule == "constant":
         return run.lr * warmup
+    if run.schedule == "poly":
+        return run.lr * warmup * (1 - step / total_steps) ** POWER
+    if run.schedule == "step30":
+        return run.lr * warmup * 0.1 ** (step // steps_per_epoch // 30)
     if run.schedule == "halve":
         return run.lr * warmup * 0.5 ** sum(step >= share * total_steps for share in (0.7, 0.9))
     if run.schedule == "decay":

@@ -14,7 +14,7 @@ from experiments.budget import Budget
 from experiments.meter import LossMeter
 from experiments.run import Run
 
-VALUES = ("step", "evaluated", "best_top1", "best_step", "seconds")
+VALUES = ("step", "evaluated", "best_score", "best_step", "seconds")
 
 
 class State:
@@ -32,8 +32,8 @@ class State:
     """Optimizer steps done."""
     evaluated = 0
     """Step of the last evaluation that is in the log."""
-    best_top1 = -1.0
-    """Best accuracy so far, in percent."""
+    best_score = -1.0
+    """Best accuracy (or mean IoU) so far, in percent."""
     best_step = 0
     """Its step."""
     seconds = 0.0

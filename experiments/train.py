@@ -15,20 +15,20 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from experiments import data
-from experiments.data.images import ImageSet
 from experiments.loop import Loop
 from experiments.meter import NonFiniteLoss, reset_peak_memory
-from experiments.models import build
+from experiments.models import build, synchronize_batchnorm
 from experiments.private_loop import PrivateLoop, check_model
 from experiments.progress import Report
 from experiments.randomness import fold
 from experiments.run import Run
 from experiments.run_folder import RunFolder, environment
 from experiments.signals import StopRequest
+from experiments.tasks import task_of
 from knport.errors import KNPortError
 
 
-def train(run: Run, *, quiet: bool = False, sets: tuple[ImageSet, ImageSet] | None = None) -> dict[str, Any]:
+def train(run: Run, *, quiet: bool = False, sets: data.Pair | None = None) -> dict[str, Any]:
     """Train, or go on, or return the stored result.
 
     Args:
@@ -36,13 +36,15 @@ def train(run: Run, *, quiet: bool = False, sets: tuple[ImageSet, ImageSet] | No
         quiet: say nothing.
         sets: training and test images, in place of those that the recipe reads.
 
-    Returns: ``top1, top5, best_top1`` in percent, ``test_loss, train_loss``, ``steps, epochs``, and ``seconds`` of
-    training without evaluation. All but ``best_top1`` are of the last step, as in the papers.
+    Returns: ``top1, top5, best_top1`` in percent, or of segmentation ``miou, pixel_accuracy, mean_accuracy,
+    best_miou``; ``test_loss, train_loss``, ``steps, epochs``, and ``seconds`` of training without evaluation. All but
+    the best are of the last step, as in the papers.
 
     Raises: `KNPortError` for bad values, data or folders, or a loss that is not finite (`NonFiniteLoss`);
     `TrainingStopped`, a `SystemExit`, after SIGTERM or Ctrl-C once the state is saved.
     """
     run.validate()
+    task_of(run).check(run)
     folder = RunFolder(run)
     stored = folder.stored()
     if stored is not None and stored["status"] == "finished":
@@ -65,26 +67,26 @@ def _train(
     here: dict[str, Any],
     report: Report,
     stop: StopRequest,
-    sets: tuple[ImageSet, ImageSet],
+    sets: data.Pair,
 ) -> dict[str, Any]:
     train_set, test_set = sets
     for note in train_set.notes + test_set.notes:
         report.note(note)
     reset_peak_memory(accelerator.device)
     torch.manual_seed(fold(run.seed, "init"))
-    _, channels, height, _ = train_set.images.shape
+    task = task_of(run)(run, train_set, accelerator)
     net = build(
         run.model,
         run.norm,
-        num_classes=train_set.num_classes,
-        in_chans=channels,
-        image_size=height,
+        **task.network(),
         dropout=run.dropout,
         dropout_form=run.dropout_form,
         activation=run.activation,
     )
     if run.private:
         check_model(net, run)
+    if run.sync_batchnorm:
+        net = synchronize_batchnorm(net, accelerator.device, accelerator.num_processes)
     content = {
         "environment": here,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
@@ -98,7 +100,7 @@ def _train(
     write = folder.write_run if accelerator.is_main_process else lambda content: None
     device = accelerator.device
     kind = PrivateLoop if run.private else Loop
-    loop = kind(run, accelerator, net, train_set.to(device), test_set.to(device), folder, report, stop)
+    loop = kind(run, accelerator, task, net, train_set.to(device), test_set.to(device), folder, report, stop)
     content |= loop.record()
     write(content)
     try:
@@ -135,8 +137,8 @@ def _note_changes(run: Run, before: dict[str, Any], here: dict[str, Any], report
 def _result(folder: RunFolder, loop: Loop) -> dict[str, Any]:
     row = folder.last_row()
     return {
-        **{name: row[name] for name in ("top1", "top5")},
-        "best_top1": loop.state.best_top1,
+        **{name: row[name] for name in loop.task.metrics},
+        f"best_{loop.task.score}": loop.state.best_score,
         **{name: row[name] for name in ("test_loss", "train_loss")},
         "steps": loop.state.step,
         "epochs": row["epoch"],

@@ -80,6 +80,10 @@ class SegmentationSet:
     def __len__(self) -> int:
         return len(self.files)
 
+    def to(self, device: torch.device) -> SegmentationSet:
+        """Itself: files are decoded on the CPU, and batches go to the device."""
+        return self
+
     def load(self, row: int) -> tuple[Image.Image, Image.Image]:
         """The decoded RGB image, and its classes as an image of mode L (`IGNORE` where there is none).
 
