@@ -31,7 +31,7 @@ class Run:
     """
 
     recipe: tyro.conf.Positional[str] = "digits"
-    """Data set and published settings: digits, cifar10, cifar100, or a private one (see list)."""
+    """Data set and published settings: digits, cifar10, cifar100, camvid, cityscapes, ... (see list)."""
     model: str = "cifar_resnet8"
     """A name of `architectures`, timm/NAME or torchvision/NAME."""
     norm: str = "original"
