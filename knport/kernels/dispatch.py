@@ -40,6 +40,7 @@ class Backend(NamedTuple):
     name: str
     """ "cpu", "triton" or "eager"."""
     reason: str
+    """Why these; of the first and the last, why not the Triton kernels."""
 
 
 def backend(
@@ -59,7 +60,7 @@ def backend(
     if reason is None:
         return Backend("triton", f"{x.dtype} on {x.device.type}" if x.is_cuda else "interpreted")
     if not (given or WISH == "eager") and _is_closed(x, how, norm) and takes(x, *parameters):
-        return Backend("cpu", f"{x.dtype} on {x.device.type}")
+        return Backend("cpu", reason)
     return Backend("eager", reason)
 
 
