@@ -150,10 +150,12 @@ def test_matches_its_original(name):
     """In parameters, or in multiply-accumulates where the name says so."""
     counted, macs = cost(name)
     of_original, macs_of_original = cost(architectures.original_of(name))
+    # The FCNs have the published widths, or those at which the MACs of the classification networks match.
+    within = 0.05 if name.startswith("fcn_") else 0.01
     if name.endswith("_macs"):
-        assert macs == pytest.approx(macs_of_original, rel=0.01)
+        assert macs == pytest.approx(macs_of_original, rel=within)
     else:
-        assert counted == pytest.approx(of_original, rel=0.01)
+        assert counted == pytest.approx(of_original, rel=within)
     if name.startswith(("kndensenet", "knconv")):  # enlarged kernels here cost little
         assert macs < 1.25 * macs_of_original
 
@@ -201,10 +203,15 @@ def test_nothing_is_edited_in_place(family):
         if not isinstance(
             module, StochasticDepth
         ):  # torchvision adds the input to its output, which nothing else reads
-            module.register_forward_hook(lambda module, args, out: made.append((module, out, out._version)))
+            module.register_forward_hook(lambda module, args, out: made.extend(_versions(module, out)))
     with torch.no_grad():
         model(images(family, 1))
     assert [module for module, out, version in made if out._version != version] == []
+
+
+def _versions(module, out):
+    """Each tensor that a module made, with the number of edits so far; blocks of two branches make several."""
+    return [(module, t, t._version) for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)]
 
 
 @pytest.mark.slow
@@ -214,8 +221,10 @@ def test_compiles_and_exports(family):
     with torch.no_grad():
         expected = model(x)
         torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
-        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        # the formula in place of the CPU's operation: the same up to rounding
+        close = {"rtol": 1e-3, "atol": 1e-3}
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected, **close)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, **close)
 
 
 @pytest.mark.slow
