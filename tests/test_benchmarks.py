@@ -23,7 +23,7 @@ from experiments.benchmarks.run import BENCHMARKS
 from experiments.benchmarks.twin import PaddedConv2d, batchnorm_twin, materialize
 from knport import KernelNorm2d, KNConv2d, KNPortError
 from knport.errors import NothingToConvert
-from knport.functional.geometry import pad, padding_pairs
+from knport.geometry import pad, padding_pairs
 
 FLOAT = 4
 QUICK = Setting(seconds=0.0, rounds=2)

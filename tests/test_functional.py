@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from knport import functional
+from knport import geometry as places
 from knport.errors import KNPortError
 from knport.functional.statistics import unit_statistics
 from knport.kernels import Draw
@@ -147,12 +148,12 @@ def test_kn_conv_normalizes_by_what_was_drawn(form, geometry):
     flat = {**settings, "norm_window": None}
     unscaled = functional.naive.kn_conv(x, weight, **flat, eps=1e30) * 1e15  # U * W - mu sum(W)
     window, ones = settings["norm_window"], (1, 1)
-    kernel, stride, dilation = (functional.geometry.ntuple(v, 2, "") for v in _sizes(weight, settings))
-    pairs = functional.geometry.padding_pairs(settings["padding"], kernel, stride, dilation)
+    kernel, stride, dilation = (places.ntuple(v, 2, "") for v in _sizes(weight, settings))
+    pairs = places.padding_pairs(settings["padding"], kernel, stride, dilation)
     own = functional.unit_statistics(x, kernel, stride, pairs, dilation, padding_mode=settings["padding_mode"]).mean
     if window is not None:
-        window = functional.geometry.ntuple(window, 2, "")
-        pairs, kernel, dilation = functional.geometry.window_pairs(pairs, kernel, dilation, window), window, ones
+        window = places.ntuple(window, 2, "")
+        pairs, kernel, dilation = places.window_pairs(pairs, kernel, dilation, window), window, ones
     torch.manual_seed(1)
     drawn = functional.unit_statistics(
         x, kernel, stride, pairs, dilation, dropout=0.2, dropout_form=form, padding_mode=settings["padding_mode"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from knport import functional
-from knport.functional.geometry import pad, padding_pairs
+from knport.geometry import pad, padding_pairs
 from knport.surgery import KNConfig, convert, plan
 
 X = torch.zeros(2, 4, 16, 16)

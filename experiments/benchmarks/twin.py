@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from knport import KernelNorm2d, KNConv2d
 from knport.errors import NothingToConvert
-from knport.functional.geometry import padding_pairs
+from knport.geometry import padding_pairs
 
 
 class PaddedConv2d(nn.Conv2d):

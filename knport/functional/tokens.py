@@ -20,8 +20,8 @@ from torch import Tensor
 
 from knport.errors import KNPortError
 from knport.functional.efficient import kn_conv_statistics
-from knport.functional.geometry import ntuple
 from knport.functional.statistics import UnitStatistics
+from knport.geometry import ntuple
 from knport.kernels import normalize_units
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from knport.errors import KNPortError
-from knport.functional.geometry import pad, padding_pairs
 from knport.functional.statistics import full_precision
+from knport.geometry import pad, padding_pairs
 from knport.privacy.record import take
 
 # Up to so many positions a product of unfolded units is used: on a CPU 60 times faster than a convolution at 2 x 2 of

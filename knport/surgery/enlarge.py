@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from knport.functional.geometry import padding_pairs
+from knport.geometry import padding_pairs
 
 _SIZES = {"2x2": 2, "3x3": 3}
 Pairs = tuple[tuple[int, int], ...]

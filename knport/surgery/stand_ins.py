@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from knport.errors import KNPortError
-from knport.functional.geometry import output_size, padding_pairs
+from knport.geometry import output_size, padding_pairs
 from knport.surgery.kinds import kind
 
 
