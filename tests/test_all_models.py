@@ -135,13 +135,13 @@ def test_kernel_normalized_networks_have_no_batch_norm(name):
 
 @functools.cache
 def cost(name: str) -> tuple[int, int]:
-    """Parameters and MACs at 1000 classes (10 for the networks of small images) and the network's own image size."""
+    """Parameters and MACs at the classes and image size that the network is for: ImageNet, CIFAR-10 or CityScapes."""
     small = any(part in name for part in ("cifar", "_k12", "_k24", "_k40"))
-    classes, size = (10, 32) if small else (1000, 224)
+    classes, size = (10, (32, 32)) if small else (19, (512, 1024)) if name.startswith("fcn_") else (1000, (224, 224))
     with torch.device("meta"):
         model = architectures.create_model(name, classes, low_resolution=small).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, size, size))
+            model(torch.empty(1, 3, *size))
     return parameters(model), counter.get_total_flops() // 2
 
 
@@ -150,12 +150,12 @@ def test_matches_its_original(name):
     """In parameters, or in multiply-accumulates where the name says so."""
     counted, macs = cost(name)
     of_original, macs_of_original = cost(architectures.original_of(name))
-    # The FCNs have the published widths, or those at which the MACs of the classification networks match.
-    within = 0.05 if name.startswith("fcn_") else 0.01
-    if name.endswith("_macs"):
-        assert macs == pytest.approx(macs_of_original, rel=within)
+    if name == "fcn_knresnet34":  # 1.1 % short of its ResNet, as published
+        assert counted == 23_399_315
+    elif name.endswith("_macs"):
+        assert macs == pytest.approx(macs_of_original, rel=0.01)
     else:
-        assert counted == pytest.approx(of_original, rel=within)
+        assert counted == pytest.approx(of_original, rel=0.01)
     if name.startswith(("kndensenet", "knconv")):  # enlarged kernels here cost little
         assert macs < 1.25 * macs_of_original
 
@@ -217,14 +217,13 @@ def _versions(module, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SMALL)
 def test_compiles_and_exports(family):
-    model, x = build(family, dropout=None).eval(), images(family, 2)
+    # in float64, where the same formula runs in all three: in float32 the CPU's operation rounds otherwise
+    model, x = build(family, dropout=None).eval().double(), images(family, 2).double()
     with torch.no_grad():
         expected = model(x)
         torch._dynamo.reset()
-        # the formula in place of the CPU's operation: the same up to rounding
-        close = {"rtol": 1e-3, "atol": 1e-3}
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected, **close)
-        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, **close)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
 
 
 @pytest.mark.slow
