@@ -132,17 +132,17 @@ def baseline_conformer_test(**kwargs) -> Conformer:
 
 @register
 def baseline_conformer_tiny(**kwargs) -> Conformer:
-    """Conformer-Ti: 23.52 M parameters, 5.21 G MACs at 224 x 224. ImageNet 81.3 % (the paper)."""
+    """Conformer-Ti: 23.52 M parameters, 5.21 G MACs at 224 x 224."""
     return _build(1, 384, 6, **kwargs)
 
 
 @register
 def baseline_conformer_small(**kwargs) -> Conformer:
-    """Conformer-S: 37.67 M parameters, 10.60 G MACs at 224 x 224. ImageNet 83.4 % (the paper)."""
+    """Conformer-S: 37.67 M parameters, 10.60 G MACs at 224 x 224."""
     return _build(4, 384, 6, **kwargs)
 
 
 @register
 def baseline_conformer_base(**kwargs) -> Conformer:
-    """Conformer-B: 83.29 M parameters, 23.33 G MACs at 224 x 224. ImageNet 84.1 % (the paper)."""
+    """Conformer-B: 83.29 M parameters, 23.33 G MACs at 224 x 224."""
     return _build(6, 576, 9, **kwargs)

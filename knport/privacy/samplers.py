@@ -22,8 +22,8 @@ from knport.functional.statistics import full_precision
 from knport.geometry import pad, padding_pairs
 from knport.privacy.record import take
 
-# Up to so many positions a product of unfolded units is used: on a CPU 60 times faster than a convolution at 2 x 2 of
-# 64 channels, level near 4 x 4; at 32 x 32 the convolution is four times faster and needs a ninth of the memory.
+# Up to so many positions a product of unfolded units is used: on CPUs it is faster there by far, level near 4 x 4; on
+# larger maps the convolution is faster and unfolds nothing.
 FEW_POSITIONS = 16
 _WEIGHT_GRADIENT = {1: nn.grad.conv1d_weight, 2: nn.grad.conv2d_weight, 3: nn.grad.conv3d_weight}
 
