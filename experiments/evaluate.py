@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from experiments.data.images import ImageSet
+from experiments.memory import is_out_of_memory, release
 
 BATCH_SIZE = 256  # images at once
 
@@ -45,11 +46,24 @@ def evaluate(
             if len(part):
                 x = images.scale(images.images[part], scaling)
                 x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-                totals += _count(model, x, images.labels[part], accelerator)
+                totals += _count_in_parts(model, x, images.labels[part], accelerator)
     finally:
         model.train(was_training)
     loss, top1, top5, count = accelerator.reduce(totals, "sum").tolist()
     return {"test_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+def _count_in_parts(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """`_count`, of half as many images at once where memory runs out: sums over images, so nothing changes."""
+    try:
+        return _count(model, x, labels, accelerator)
+    except RuntimeError as error:
+        if len(x) == 1 or not is_out_of_memory(error):
+            raise
+    release()
+    half = len(x) // 2
+    halves = (x[:half], labels[:half]), (x[half:], labels[half:])
+    return sum(_count_in_parts(model, *part, accelerator) for part in halves)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ curve on one process and on several.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sized
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from experiments import checkpoint
 from experiments.budget import Budget
 from experiments.feed import Feed
+from experiments.memory import MicroBatch, all_fit, is_out_of_memory
 from experiments.meter import NonFiniteLoss, peak_mib
 from experiments.progress import Report
 from experiments.randomness import fold, seed_device
@@ -63,9 +65,11 @@ class Loop:
         self.folder, self.report, self.stop, self.task, self.test = folder, report, stop, task, test
         self.feed = self._feed(train)
         self.total = run.steps or run.epochs * self.feed.steps_per_epoch
+        self.micro_batch = MicroBatch(folder.path, self._images_at_once())
         self.eval_steps = max(1, round(run.eval_every * self.feed.steps_per_epoch))
         layout = torch.channels_last if run.channels_last else torch.preserve_format
         net = net.to(self.device, memory_format=layout)
+        self.synchronized = any(isinstance(module, nn.SyncBatchNorm) for module in net.modules())
         self.state = State(run, net, self.total, accelerator.scaler, self._budget())
         self._resume()
         self.last_step = self._last_step()
@@ -77,6 +81,9 @@ class Loop:
 
     def _feed(self, train: Sized) -> Feed:
         return self.task.feed(train)
+
+    def _images_at_once(self) -> int:
+        return math.ceil(self.run.batch_size / self.accelerator.num_processes / self.run.accumulate)
 
     def _budget(self) -> Budget | None:
         return None
@@ -102,7 +109,7 @@ class Loop:
 
     def record(self) -> dict[str, Any]:
         """Further content of `run.json`."""
-        return {}
+        return self.micro_batch.record()
 
     def close(self) -> None:
         """After the result has been written."""
@@ -110,10 +117,14 @@ class Loop:
     # The run
 
     def finish(self) -> None:
-        """Train to the last step. Raises `TrainingStopped` after saving, `NonFiniteLoss` without saving."""
+        """Train to the last step.
+
+        Raises `TrainingStopped` after saving, `NonFiniteLoss` and `OutOfMemory` without saving.
+        """
         state = self.state
         self.report.start(state.step, self.total)
         state.net.train()
+        self._try_first_step()
         while True:
             if state.step > state.evaluated and (state.step % self.eval_steps == 0 or state.step == self.last_step):
                 self._evaluate()
@@ -130,7 +141,12 @@ class Loop:
         self._seed(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = self._learning_rate(state.step)
-        loss = self._update(state.step)
+        try:
+            loss = self._update(state.step)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                self.micro_batch.give_up(state.step, state.net, self.accelerator)
+            raise
         state.update_average()
         state.step += 1
         if state.meter.add(loss):
@@ -141,21 +157,33 @@ class Loop:
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Accumulate the gradient of the mean loss, and return the loss; processes exchange gradients once."""
-        parts, total = self.run.accumulate, self.task.total(labels)
-        if parts == 1:
+        size, total = self.micro_batch.at(self.state.step), self.task.total(labels)
+        if len(images) <= size:
             return self._backward_part(images, labels, total)
-        pairs = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+        pairs = list(zip(images.split(size), labels.split(size), strict=True))
         with self.accelerator.no_sync(self.model):
             losses = [self._backward_part(x, y, total) for x, y in pairs[:-1]]
         losses.append(self._backward_part(*pairs[-1], total))
         return torch.stack(losses).sum()
 
-    def _backward_part(self, images: Tensor, labels: Tensor, total: Tensor | int) -> Tensor:
+    def _backward_part(
+        self, images: Tensor, labels: Tensor, total: Tensor | int, model: nn.Module | None = None
+    ) -> Tensor:
         with self.accelerator.autocast():
-            logits = self.model(images).float()
+            logits = (model or self.model)(images).float()
         loss = self.task.loss(logits, labels, total)
         self.accelerator.backward(loss)
         return loss.detach()
+
+    def _try_first_step(self) -> None:
+        """Before several processes wait for each other in a step, all learn whether it fits on each of them."""
+        if self.accelerator.num_processes == 1 or self.synchronized:
+            return
+        state, size = self.state, self.micro_batch.at(self.state.step)
+        images, labels = (part[:size] for part in self.feed.batch(state.step))
+        total = self.task.total(labels)
+        if not all_fit(lambda: self._backward_part(images, labels, total, state.net), state.net, self.accelerator):
+            self.micro_batch.give_up(state.step, state.net, self.accelerator, together=True)
 
     def _apply_gradients(self) -> None:
         # The bare optimizer: accelerate's wrapper adds look-ups to every step, and only its scaler is needed.
