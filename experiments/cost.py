@@ -26,11 +26,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.live_tensors import LiveTensors
 from experiments.results import Cost
-from knport import KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d, UnknownName
+from knport import (
+    KernelNorm1d,
+    KernelNorm2d,
+    KernelNorm3d,
+    KNConv1d,
+    KNConv2d,
+    KNConv3d,
+    KNLinear,
+    LocalContextNorm,
+    NormalizedConv2d,
+    PositionalNorm,
+    UnknownName,
+)
 
 MIB = 2**20
 WARM_UP = 2
-KERNEL_LAYERS = (KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d)
+KERNEL_LAYERS = (KernelNorm1d, KernelNorm2d, KernelNorm3d, KNConv1d, KNConv2d, KNConv3d, KNLinear)
 Network = tuple[str, str]  # (model, norm)
 
 
@@ -89,7 +101,7 @@ def describe(model: nn.Module, image_shape: tuple[int, int, int]) -> Cost:
 
 
 def norm_family(model: nn.Module) -> str:
-    """The most frequent kind of normalization: kernel, batch, group, layer, instance or none."""
+    """The most frequent kind of normalization: kernel, batch, group, layer, instance, ..., or none."""
     found = Counter(filter(None, map(_family_of_layer, model.modules())))
     return "kernel" if found["kernel"] else (found.most_common(1) or [("none", 0)])[0][0]
 
@@ -200,6 +212,7 @@ def _family_of_layer(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.GroupNorm):
         return "layer" if layer.num_groups == 1 else "group"
     kinds = {"kernel": KERNEL_LAYERS, "batch": _BatchNorm, "layer": nn.LayerNorm, "instance": _InstanceNorm}
+    kinds |= {"normalized": NormalizedConv2d, "local_context": LocalContextNorm, "positional": PositionalNorm}
     return next((name for name, kind in kinds.items() if isinstance(layer, kind)), None)
 
 

@@ -21,7 +21,7 @@ from experiments.cost import (
     time_steps,
 )
 from experiments.live_tensors import LiveTensors
-from knport import KernelNorm2d, KNConv2d, UnknownName
+from knport import KernelNorm2d, KNConv2d, KNLinear, LocalContextNorm, NormalizedConv2d, UnknownName
 
 FLOAT = 4
 
@@ -63,6 +63,9 @@ def test_macs_count_convolutions_and_not_statistics():
         ([nn.GroupNorm(1, 4)], "layer"),
         ([nn.LayerNorm(4)], "layer"),
         ([nn.InstanceNorm2d(4)], "instance"),
+        ([NormalizedConv2d(3, 4, 1)], "normalized"),
+        ([LocalContextNorm(4, 2)], "local_context"),
+        ([KNLinear(4, 4)], "kernel"),
         ([nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)], "batch"),
         ([nn.BatchNorm2d(4), nn.BatchNorm2d(4), KernelNorm2d()], "kernel"),
     ],
