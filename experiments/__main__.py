@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib import import_module
 
 import tyro
@@ -24,6 +25,7 @@ COMMANDS = {
     "list": "the recipes, norms and models that can be named",
 }
 PROG = "python -m experiments"
+RUN_DIR = ("--run-dir", "--run_dir")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -71,7 +73,10 @@ def _train(args: list[str]) -> None:
 
     asked = parse(Run(batch_size=0), [arg for arg in args if arg not in ("-h", "--help")])
     keys = {"model": asked.model, "norm": asked.norm, "batch_size": asked.batch_size or None, "seed": asked.seed}
-    run = parse(resolve(asked.recipe, **keys), args)
+    default = resolve(asked.recipe, **keys)
+    run = parse(default, args)
+    if run.run_dir == default.run_dir and not any(arg.split("=")[0] in RUN_DIR for arg in args):
+        run = replace(run, run_dir="")  # the default follows from all settings, not only from those above
 
     from experiments.train import train
 

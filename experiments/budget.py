@@ -35,13 +35,14 @@ class Budget:
     """
 
     def __init__(self, run: Run, images: int, steps: int):
-        self.run, self.images, self.planned = run, images, steps
+        privacy = self.privacy = run.privacy
+        self.images, self.planned = images, steps
         self.sample_rate = run.batch_size / images
-        self.delta = default_delta(images) if run.delta is None else run.delta
-        self.accountant = _accountant(run.accountant)
-        self.noise_multiplier = run.noise_multiplier
+        self.delta = default_delta(images) if privacy.delta is None else privacy.delta
+        self.accountant = _accountant(privacy.accountant)
+        self.noise_multiplier = privacy.noise_multiplier
         if self.noise_multiplier is None:
-            self.noise_multiplier = noise_for(run.accountant, run.epsilon, self.sample_rate, steps, self.delta)
+            self.noise_multiplier = noise_for(privacy.accountant, privacy.epsilon, self.sample_rate, steps, self.delta)
 
     @property
     def spent_steps(self) -> int:
@@ -51,7 +52,7 @@ class Budget:
     def epsilon(self, steps: int | None = None) -> float:
         """Spent so far, or after `steps` steps in all."""
         steps = self.spent_steps if steps is None else steps
-        return epsilon_after(self.run.accountant, self.noise_multiplier, self.sample_rate, steps, self.delta)
+        return epsilon_after(self.privacy.accountant, self.noise_multiplier, self.sample_rate, steps, self.delta)
 
     def affordable(self) -> int:
         """The most steps, up to the planned ones, that do not overrun the target.
@@ -59,16 +60,16 @@ class Budget:
         Raises:
             KNPortError: not even one.
         """
-        if self.run.epsilon is None or self.epsilon(self.planned) <= self.run.epsilon:
+        if self.privacy.epsilon is None or self.epsilon(self.planned) <= self.privacy.epsilon:
             return self.planned
         low, high = 0, self.planned  # low is affordable, high is not
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.epsilon(middle) <= self.run.epsilon else (low, middle)
+            low, high = (middle, high) if self.epsilon(middle) <= self.privacy.epsilon else (low, middle)
         if not low:
             raise KNPortError(
                 f"noise multiplier {self.noise_multiplier:g} does not allow one step within epsilon"
-                f" {self.run.epsilon:g} at delta {self.delta:g}: one step spends {self.epsilon(1):.3g}; give more"
+                f" {self.privacy.epsilon:g} at delta {self.delta:g}: one step spends {self.epsilon(1):.3g}; give more"
                 " --noise-multiplier, or leave it out to have it chosen"
             )
         return low
@@ -105,29 +106,29 @@ class Budget:
         from opacus import __version__
 
         return {
-            "target_epsilon": self.run.epsilon,
+            "target_epsilon": self.privacy.epsilon,
             "epsilon": self.epsilon(),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
-            "clip": self.run.clip,
+            "clip": self.privacy.clip,
             "sample_rate": self.sample_rate,
             "images": self.images,
             "steps": self.spent_steps,
             "planned_steps": self.planned,
-            **_options(self.run.accountant),
-            "accountant": self.run.accountant + (" (optimistic)" if self.run.accountant == "gdp" else ""),
+            **_options(self.privacy.accountant),
+            "accountant": self.privacy.accountant + (" (optimistic)" if self.privacy.accountant == "gdp" else ""),
             "opacus": __version__,
             "mechanism": "Poisson-subsampled Gaussian; neighbours differ by one image added or removed",
         }
 
     def notes(self) -> Sequence[str]:
         """What a user should hear before the training."""
-        target = "no target" if self.run.epsilon is None else f"target epsilon {self.run.epsilon:g}"
+        target = "no target" if self.privacy.epsilon is None else f"target epsilon {self.privacy.epsilon:g}"
         notes = [
             f"private: {target} at delta {self.delta:g}, noise multiplier {self.noise_multiplier:.4g}, clip"
-            f" {self.run.clip:g}, {self.planned} steps that draw each image with probability {self.sample_rate:.4g}"
+            f" {self.privacy.clip:g}, {self.planned} steps that draw each image with probability {self.sample_rate:.4g}"
         ]
-        if self.run.accountant == "gdp":
+        if self.privacy.accountant == "gdp":
             notes.append(OPTIMISTIC)
         if self.delta * self.images > 1:
             notes.append(

@@ -189,7 +189,7 @@ def _say_plan(runs: Sequence[Run], finished: set, folder: Path, images: int) -> 
     times = [costs.get(cost_key(planned_row(run, "")), Cost()).ms_per_step for run in left]
     estimate = ""
     if left and all(times):
-        counts = [run.steps or run.epochs * ((run.train_images or images) // run.batch_size) for run in left]
+        counts = [run.steps or run.epochs * ((run.subset.train_images or images) // run.batch_size) for run in left]
         minutes = sum(count * ms for count, ms in zip(counts, times, strict=True)) / 60_000
         estimate = f", about {minutes:.1f} minutes of training steps to go"
     say(f"{len(runs)} runs, {len(runs) - len(left)} of them finished before{estimate}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -54,7 +53,7 @@ def dropout_forms(
         for form in forms:
             where = f"runs/dropout_forms/{model}-b{batch_size}-{form}-s{seed}"
             run = resolve(recipe, **setting, seed=seed, dropout_form=form, run_dir=where)
-            if _key(asdict(run)) not in {_key(row) for row in read(out)}:
+            if _key(run.flat()) not in {_key(row) for row in read(out)}:
                 _append(out, run, train(run, quiet=True))
                 print(f"{form}, seed {seed}: {read(out)[-1]['top1']} %", flush=True)
     print(summary(read(out)))
@@ -95,7 +94,7 @@ def _append(path: Path, run: Run, result: dict) -> None:
         writer = csv.writer(file)
         if new:
             writer.writerow((*COLUMNS, *MEASURED))
-        writer.writerow((*_key(asdict(run)), *measured))
+        writer.writerow((*_key(run.flat()), *measured))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Feed:
     def _prepare(self, epoch: int, chunk: int) -> None:
         if epoch != self._epoch:
             self._rows = self._order(epoch).to(self.device)
-            draws = draw(self.run.augment, self.run.seed, epoch, len(self.images), self.padding)
+            draws = draw(self.run.augmentation.augment, self.run.seed, epoch, len(self.images), self.padding)
             self._draws = None if draws is None else draws.to(self.device)
         self._epoch, self._chunk = epoch, chunk
         rows = self._rows[chunk * self.chunk_steps : (chunk + 1) * self.chunk_steps]  # (steps, b)

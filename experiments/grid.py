@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from experiments.results import Key, Row
-from experiments.run import Run, resolve
+from experiments.run import DEFAULTS, Run, resolve
 from knport.errors import KNPortError, UnknownName
-
-RUN_FIELDS = tuple(field.name for field in fields(Run))
 
 
 def grid(
@@ -78,8 +75,8 @@ def parse_fields(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise KNPortError(f"{text!r}; expected FIELD=VALUE, e.g. augment=none")
-        if name not in RUN_FIELDS:
-            raise UnknownName("field of a run", name, RUN_FIELDS)
+        if name not in DEFAULTS:
+            raise UnknownName("field of a run", name, DEFAULTS)
         found[name] = _value(value)
     return found
 
@@ -91,8 +88,8 @@ def key_of(run: Run) -> Key:
 
 def planned_row(run: Run, command: str, *, status: str = "not run", reason: str = "") -> Row:
     """The row of a run that has left no result."""
-    setting = {"epochs": run.epochs, "lr": run.lr, "dropout": run.dropout, "classes": run.classes}
-    images = {"train_images": run.train_images, "test_images": run.test_images}
+    setting = {"epochs": run.epochs, "lr": run.lr, "dropout": run.dropout, "classes": run.subset.classes}
+    images = {"train_images": run.subset.train_images, "test_images": run.subset.test_images}
     ends = {"command": command, "status": status, "reason": reason}
     return Row(recipe=run.recipe, **key_of(run)._asdict(), **setting, **images, **ends)
 

@@ -38,7 +38,7 @@ class PoissonFeed(Feed):
         An image's augmentation follows from the seed, the step and its own row, not from who is drawn with it.
         """
         chosen = torch.tensor(rows, dtype=torch.int64)
-        draws = draw(self.run.augment, self.run.seed, step, len(self.images), self.padding)
+        draws = draw(self.run.augmentation.augment, self.run.seed, step, len(self.images), self.padding)
         chosen, draws = chosen.to(self.device), None if draws is None else draws[chosen].to(self.device)
         images = self.images.images[chosen]
         if draws is not None:

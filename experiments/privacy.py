@@ -87,7 +87,7 @@ def _accuracy(run: Run, quiet: bool) -> dict[str, Any]:
     print(f"{Path(run.run_dir).name}: {result['top1']:.1f} %", flush=True)
     record = _record(run)
     names = ("norm", "epsilon", "seed", "batch_size", "epochs", "lr")
-    row = {name: getattr(run, name) for name in names} | {name: result[name] for name in ("top1", "test_loss", "steps")}
+    row = {name: run.flat()[name] for name in names} | {name: result[name] for name in ("top1", "test_loss", "steps")}
     row |= {name: record[name] for name in ("train_images", "test_images", "device", "torch")}
     row |= {"seconds": round(result["seconds"], 1)}
     if run.private:
@@ -102,7 +102,7 @@ def _membership(runs: list[Run], quiet: bool) -> list[dict[str, Any]]:
     records = [_record(run) for run in runs]
     accuracies = [record["result"]["top1"] for record in records]
     print(f"{Path(runs[0].run_dir).name} and on: {sum(accuracies) / len(accuracies):.1f} %", flush=True)
-    setting = {"norm": runs[0].norm, "epsilon": runs[0].epsilon, "delta": runs[0].delta}
+    setting = {"norm": runs[0].norm, "epsilon": runs[0].privacy.epsilon, "delta": runs[0].privacy.delta}
     setting |= {name: records[0][name] for name in ("device", "torch")}
     _, wrong, _ = pool()
     return [setting | dict(row) | {"top1": accuracies[row["network"]]} for row in measure(attacked, wrong)]

@@ -32,7 +32,7 @@ def check_model(net: nn.Module, run: Run) -> None:
     """
     layers = [(path, layer) for path, layer in net.named_modules() if hasattr(layer, "statistics_hook")]
     drawn = [path for path, layer in layers if getattr(layer, "dropout", 0)]
-    if run.dp_mode == "functorch" and drawn:
+    if run.privacy.dp_mode == "functorch" and drawn:
         raise KNPortError(
             f"--dp-mode functorch runs each layer a second time, where its dropout would be another ({drawn[0]} and"
             f" {len(drawn) - 1} more have one): set --dropout 0, or use --dp-mode hooks or ghost"
@@ -59,11 +59,11 @@ class PrivateLoop(Loop):
         return PoissonFeed(train, self.run, self.secret, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _secret(self) -> Secret:
-        if self.run.privacy_seed is not None:
+        if self.run.privacy.privacy_seed is not None:
             self.report.note(
                 "--privacy-seed: whoever knows the seed can take the noise away again; for tests, not for private data"
             )
-            return Secret.from_seed(self.run.privacy_seed)
+            return Secret.from_seed(self.run.privacy.privacy_seed)
         key = self.folder.key
         started = self.folder.last.exists() or self.folder.previous.exists()
         if self.accelerator.is_main_process and not started and not key.exists():
@@ -92,15 +92,15 @@ class PrivateLoop(Loop):
         run, world = self.run, self.accelerator.num_processes
         several = world > 1
         wrapped = DifferentiallyPrivateDistributedDataParallel(net) if several else net
-        clip = {"max_grad_norm": run.clip} if run.dp_mode == "ghost" else {}
+        clip = {"max_grad_norm": run.privacy.clip} if run.privacy.dp_mode == "ghost" else {}
         # sums, not means: a mean has no value on the empty batch that Poisson sampling may draw
-        model = prepare_module(wrapped, run.dp_mode, loss_reduction="sum", **clip)
-        self.optimizer = get_optimizer_class("flat", several, run.dp_mode)(
+        model = prepare_module(wrapped, run.privacy.dp_mode, loss_reduction="sum", **clip)
+        self.optimizer = get_optimizer_class("flat", several, run.privacy.dp_mode)(
             self.state.optimizer,
             noise_multiplier=self.state.budget.noise_multiplier,
-            max_grad_norm=run.clip,
+            max_grad_norm=run.privacy.clip,
             expected_batch_size=run.batch_size / world,
-            secure_mode=run.secure_noise,
+            secure_mode=run.privacy.secure_noise,
         )
         self.optimizer.attach_step_hook(self.state.budget.spend)
         return model
@@ -115,7 +115,7 @@ class PrivateLoop(Loop):
 
         # Of several processes, Opacus lets the first add the noise, which is drawn by tensor in the model's order.
         self.optimizer.generator = self.secret.generator(self.device, "noise", step)
-        size = self.run.physical_batch_size or PHYSICAL
+        size = self.run.privacy.physical_batch_size or PHYSICAL
         # what makes up Opacus' BatchMemoryManager: it tells the optimizer which part is the last
         parts = BatchSplittingSampler(sampler=[self.feed.rows(step)], max_batch_size=size, optimizer=self.optimizer)
         total = torch.zeros((), device=self.device)
@@ -128,9 +128,11 @@ class PrivateLoop(Loop):
     def _backward_sum(self, images: Tensor, labels: Tensor) -> Tensor:
         with self.accelerator.autocast():
             logits = self.model(images).float()
-        losses = F.cross_entropy(logits, labels, label_smoothing=self.run.label_smoothing, reduction="none")
+        losses = F.cross_entropy(
+            logits, labels, label_smoothing=self.run.optimization.label_smoothing, reduction="none"
+        )
         loss = losses.sum()
-        if self.run.dp_mode == "ghost":
+        if self.run.privacy.dp_mode == "ghost":
             from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
             loss = DPTensorFastGradientClipping(self.model, self.optimizer, losses, "sum")
@@ -144,11 +146,11 @@ class PrivateLoop(Loop):
         return {"epsilon": self.state.budget.epsilon()}
 
     def record(self) -> dict[str, Any]:
-        seeded = self.run.privacy_seed is not None
+        seeded = self.run.privacy.privacy_seed is not None
         kept = "from --privacy-seed: none against those who know it" if seeded else "drawn, removed at the end"
         return {"privacy": self.state.budget.record() | {"key": kept}}
 
     def close(self) -> None:
         """After the end: nobody needs the key any more, but an attacker."""
-        if self.accelerator.is_main_process and self.run.privacy_seed is None:
+        if self.accelerator.is_main_process and self.run.privacy.privacy_seed is None:
             self.folder.key.unlink(missing_ok=True)

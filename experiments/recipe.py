@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from experiments import settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,34 +17,18 @@ class Recipe:
     """Passes over the training images."""
     lr: float
     """Peak learning rate."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    weight_decay: float = 5e-4
-    """Weight decay of SGD."""
-    schedule: str = "cosine"
-    """Shape of the learning rate."""
     scaling: str = "standard"
     """Inputs as pixel / 255 (unit) or with mean and SD removed (standard)."""
-    augment: str = "crop-flip"
-    """Augmentation of the training images."""
-    crop_height: int | None = None
-    """Pixels of the images that a segmentation network is trained on."""
-    crop_width: int | None = None
-    """Likewise."""
-    class_weights: bool = False
-    """Weigh the classes in the loss of segmentation as published."""
-    sync_batchnorm: bool = False
-    """On several GPUs, BatchNorm normalizes over the images of all."""
     activation: str | None = None
     """In the place of the model's ReLUs; None: the model's own."""
-    epsilon: float | None = None
-    """Target of private training; None: training is not private."""
-    delta: float | None = None
-    """Its delta; None: the largest power of ten below 1 / training images."""
-    clip: float = 1.0
-    """Norm that each image's gradient is clipped to."""
-    physical_batch_size: int | None = None
-    """Images at once in private training."""
+    optimization: settings.OptimizationSettings = field(default_factory=settings.OptimizationSettings)
+    """How the loss moves the weights."""
+    augmentation: settings.AugmentationSettings = field(default_factory=settings.AugmentationSettings)
+    """What happens to an image before the network sees it."""
+    segmentation: settings.SegmentationSettings = field(default_factory=settings.SegmentationSettings)
+    """What only networks for segmentation need."""
+    privacy: settings.PrivacySettings = field(default_factory=settings.PrivacySettings)
+    """Training with differential privacy."""
 
 
 def norm_kind(model: str, norm: str) -> str:

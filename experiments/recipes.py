@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from experiments import recipes_private as private
 from experiments.recipe import Recipe, norm_kind
+from experiments.settings import AugmentationSettings, OptimizationSettings, SegmentationSettings
 
 LearningRates = Mapping[int, float]  # batch size -> learning rate
 
@@ -72,7 +73,13 @@ def digits(model: str, norm: str, batch_size: int | None = None) -> Recipe:
     """
     batch_size = 32 if batch_size is None else batch_size
     lr = tabulated({2: 0.005, 32: 0.05}, batch_size)
-    return Recipe(batch_size=batch_size, epochs=15, lr=lr, schedule="cosine-step", augment="crop")
+    return Recipe(
+        batch_size=batch_size,
+        epochs=15,
+        lr=lr,
+        optimization=OptimizationSettings(schedule="cosine-step"),
+        augmentation=AugmentationSettings(augment="crop"),
+    )
 
 
 def cifar10(model: str, norm: str, batch_size: int | None = None) -> Recipe:
@@ -85,7 +92,8 @@ def cifar10(model: str, norm: str, batch_size: int | None = None) -> Recipe:
     kind = norm_kind(model, norm)
     lr = tabulated(CIFAR10_LR[kind], batch_size)
     scaling = "unit" if kind == "kernel" else "standard"
-    return Recipe(batch_size=batch_size, epochs=70, lr=lr, weight_decay=0.0, scaling=scaling)
+    no_decay = OptimizationSettings(weight_decay=0.0)
+    return Recipe(batch_size=batch_size, epochs=70, lr=lr, scaling=scaling, optimization=no_decay)
 
 
 def cifar100(model: str, norm: str, batch_size: int | None = None) -> Recipe:
@@ -111,8 +119,14 @@ def camvid(model: str, norm: str, batch_size: int | None = None) -> Recipe:
     our own settings, those of CityScapes at the size of these images.
     """
     batch_size = 16 if batch_size is None else batch_size
-    crop = {"crop_height": 160, "crop_width": 224}
-    return Recipe(batch_size=batch_size, epochs=100, lr=0.01, schedule="poly", augment="scale-crop-flip", **crop)
+    return Recipe(
+        batch_size=batch_size,
+        epochs=100,
+        lr=0.01,
+        optimization=OptimizationSettings(schedule="poly"),
+        augmentation=AugmentationSettings(augment="scale-crop-flip"),
+        segmentation=SegmentationSettings(crop_height=160, crop_width=224),
+    )
 
 
 def cityscapes(model: str, norm: str, batch_size: int | None = None) -> Recipe:
@@ -128,12 +142,14 @@ def cityscapes(model: str, norm: str, batch_size: int | None = None) -> Recipe:
         batch_size=16 if batch_size is None else batch_size,
         epochs=500,
         lr=0.01,
-        schedule="poly",
-        augment="scale-crop-flip",
-        crop_height=512,
-        crop_width=1024,
-        class_weights=True,
-        sync_batchnorm=norm_kind(model, norm) == "batch",
+        optimization=OptimizationSettings(schedule="poly"),
+        augmentation=AugmentationSettings(augment="scale-crop-flip"),
+        segmentation=SegmentationSettings(
+            crop_height=512,
+            crop_width=1024,
+            class_weights=True,
+            sync_batchnorm=norm_kind(model, norm) == "batch",
+        ),
     )
 
 
@@ -146,7 +162,8 @@ def tiny_imagenet(model: str, norm: str, batch_size: int | None = None) -> Recip
     """
     batch_size = 2 if batch_size is None else batch_size
     lr = tabulated({2: 0.01}, batch_size)
-    return Recipe(batch_size=batch_size, epochs=50, lr=lr, momentum=0.0, weight_decay=0.0, schedule="step30")
+    plain = OptimizationSettings(momentum=0.0, weight_decay=0.0, schedule="step30")
+    return Recipe(batch_size=batch_size, epochs=50, lr=lr, optimization=plain)
 
 
 RECIPES: Mapping[str, Callable[..., Recipe]] = {

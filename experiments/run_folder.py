@@ -13,7 +13,6 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ class RunFolder:
         return checkpoint.newest([self.last, self.previous])
 
     def write_run(self, content: dict[str, Any]) -> None:
-        write_text(self.path / "run.json", json.dumps({"run": asdict(self.run), **content}, indent=1) + "\n")
+        write_text(self.path / "run.json", json.dumps({"run": self.run.flat(), **content}, indent=1) + "\n")
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop the rows of `log.csv` and `losses.csv` that are later than the checkpoint resumed from."""

@@ -42,12 +42,12 @@ class Segmentation:
 
     def __init__(self, run: Run, images: SegmentationSet, accelerator: Accelerator):
         self.check(run)
-        if run.class_weights and images.weights is None:
+        if run.segmentation.class_weights and images.weights is None:
             raise KNPortError(f"class_weights is True, but none are published for {run.recipe}: leave them out")
         self.run, self.images, self.accelerator, self.device = run, images, accelerator, accelerator.device
         first = images.load(0)[0]
-        self.size = run.crop_height or first.height, run.crop_width or first.width
-        weights = images.weights if run.class_weights else [1.0] * images.num_classes
+        self.size = run.segmentation.crop_height or first.height, run.segmentation.crop_width or first.width
+        weights = images.weights if run.segmentation.class_weights else [1.0] * images.num_classes
         self.weights = torch.tensor(weights, device=self.device)
 
     @staticmethod
@@ -55,8 +55,10 @@ class Segmentation:
         """Raise `KNPortError` for settings that have no meaning here."""
         if run.private:
             raise KNPortError(f"{run.recipe} cannot be trained privately: leave --epsilon and --noise-multiplier out")
-        if run.augment not in KINDS:
-            raise KNPortError(f"augment is {run.augment!r}; expected one of {', '.join(KINDS)}: set --augment")
+        if run.augmentation.augment not in KINDS:
+            raise KNPortError(
+                f"augment is {run.augmentation.augment!r}; expected one of {', '.join(KINDS)}: set --augment"
+            )
 
     def network(self) -> dict[str, Any]:
         """What `experiments.models.build` is to build: a network with a map of class scores."""
@@ -69,7 +71,7 @@ class Segmentation:
             return crops.scale_crop_flip(*images.load(row), self.size, drawn)
 
         def draw(epoch: int) -> Tensor:
-            return crops.draw(self.run.augment, self.run.seed, epoch, len(images))
+            return crops.draw(self.run.augmentation.augment, self.run.seed, epoch, len(images))
 
         places = self.accelerator.process_index, self.accelerator.num_processes
         return FileFeed(images, self.run, sample, draw, self._to_float, self.device, *places)
@@ -86,7 +88,7 @@ class Segmentation:
     def loss(self, logits: Tensor, labels: Tensor, total: Tensor) -> Tensor:
         """Cross-entropy of float32 logits (B, K, h, w) at the pixels of labels (B, H, W), summed, by `total`."""
         each = upsample(logits, labels.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)  # (B, K, H, W) -> (B*H*W, K)
-        options = {"ignore_index": IGNORE, "label_smoothing": self.run.label_smoothing, "reduction": "sum"}
+        options = {"ignore_index": IGNORE, "label_smoothing": self.run.optimization.label_smoothing, "reduction": "sum"}
         return F.cross_entropy(each, labels.flatten(), self.weights, **options) / total
 
     def evaluate(

@@ -51,13 +51,13 @@ class State:
         self.parameters = list(net.parameters())
         device = self.parameters[0].device
         self.meter = LossMeter(device, total_steps)
-        self.average = copy.deepcopy(net).requires_grad_(False) if run.ema else None
-        self.averaged = list(self.average.parameters()) if run.ema else []
+        self.average = copy.deepcopy(net).requires_grad_(False) if run.optimization.ema else None
+        self.averaged = list(self.average.parameters()) if run.optimization.ema else []
         self.optimizer = torch.optim.SGD(
             self.parameters,
             lr=run.lr,
-            momentum=run.momentum,
-            weight_decay=run.weight_decay,
+            momentum=run.optimization.momentum,
+            weight_decay=run.optimization.weight_decay,
             # fused reads memory as it lies, and Opacus' gradients are not laid out as channels-last weights are
             fused=(device.type in ("cpu", "cuda") or None) if budget is None else False,
         )
@@ -68,9 +68,9 @@ class State:
         return self.net if self.average is None else self.average
 
     def update_average(self) -> None:
-        """Move the average towards the weights of step `step`; the decay grows to `run.ema` and depends on it alone."""
+        """Move the average towards the weights of step `step`; the decay grows to `ema` and depends on it alone."""
         if self.average is not None:
-            decay = min(self.run.ema, (1 + self.step) / (10 + self.step))
+            decay = min(self.run.optimization.ema, (1 + self.step) / (10 + self.step))
             get_ema_multi_avg_fn(decay)(self.averaged, self.parameters, self.step)
 
     def copy_buffers(self) -> None:

@@ -43,10 +43,10 @@ class Classification:
     def check(run: Run) -> None:
         """Raise `KNPortError` for settings that have no meaning here."""
         for name, given in (
-            ("augment", run.augment if run.augment.startswith("scale") else None),
-            ("crop_height", run.crop_height),
-            ("crop_width", run.crop_width),
-            ("class_weights", run.class_weights or None),
+            ("augment", run.augmentation.augment if run.augmentation.augment.startswith("scale") else None),
+            ("crop_height", run.segmentation.crop_height),
+            ("crop_width", run.segmentation.crop_width),
+            ("class_weights", run.segmentation.class_weights or None),
         ):
             if given is not None:
                 flag = f"--{name.replace('_', '-')}"
@@ -67,7 +67,7 @@ class Classification:
 
     def loss(self, logits: Tensor, labels: Tensor, total: int) -> Tensor:
         """A micro-batch's part of the step's loss, from float32 logits."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.run.label_smoothing) / total
+        return F.cross_entropy(logits, labels, label_smoothing=self.run.optimization.label_smoothing) / total
 
     def evaluate(
         self, model: nn.Module, images: ImageSet, stopped: Callable[[], bool] = lambda: False

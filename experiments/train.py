@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def _train(
     )
     if run.private:
         check_model(net, run)
-    if run.sync_batchnorm:
+    if run.segmentation.sync_batchnorm:
         net = synchronize_batchnorm(net, accelerator.device, accelerator.num_processes)
     content = {
         "environment": here,
@@ -184,7 +183,7 @@ def _trackers(accelerator: Accelerator, run: Run) -> Iterator[None]:
     if run.track:
         if not accelerator.log_with:
             raise KNPortError(f"the tracker {run.track} is not installed: pip install {shlex.quote(run.track)}")
-        config = {name: value if value is not None else "None" for name, value in asdict(run).items()}
+        config = {name: value if value is not None else "None" for name, value in run.flat().items()}
         accelerator.init_trackers("knport", config=json.loads(json.dumps(config)))
     try:
         yield

@@ -83,7 +83,9 @@ def test_overrides_reach_every_cell(tmp_path, monkeypatch):
     runs = []
     monkeypatch.setattr(comparing, "run_grid", lambda given, *args, **options: runs.extend(given))
     tiny(tmp_path, override=("augment=none", "weight_decay=0", "compile=True"))
-    assert {(run.augment, run.weight_decay, run.compile) for run in runs} == {("none", 0, True)}
+    assert {(run.augmentation.augment, run.optimization.weight_decay, run.compile) for run in runs} == {
+        ("none", 0, True)
+    }
 
 
 @pytest.mark.parametrize(

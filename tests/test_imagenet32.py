@@ -100,9 +100,10 @@ def test_the_recipe_reads_it(tmp_path):
 )
 def test_published_settings(recipe, model, norm, published):
     run = resolve(recipe, model=model, norm=norm)
-    assert (run.batch_size, run.lr, run.delta, run.scaling, run.schedule) == published
-    assert (run.epochs, run.epsilon, run.clip, run.activation) == (100, 8.0, 2.0, "mish")
-    assert (run.momentum, run.weight_decay, run.augment) == (0.0, 0.0, "none")
+    found = (run.batch_size, run.lr, run.privacy.delta, run.scaling, run.optimization.schedule)
+    assert found == published
+    assert (run.epochs, run.privacy.epsilon, run.privacy.clip, run.activation) == (100, 8.0, 2.0, "mish")
+    assert (run.optimization.momentum, run.optimization.weight_decay, run.augmentation.augment) == (0.0, 0.0, "none")
 
 
 @pytest.mark.parametrize("recipe", ["digits_private", "cifar10_private", "imagenet32_private"])

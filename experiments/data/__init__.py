@@ -34,7 +34,9 @@ def load(run: Run) -> Pair:
     Raises `KNPortError` for a missing or damaged file: which one, what was expected, how to get it.
     """
     train, test = READERS[run.recipe](run.data_dir)
-    return train.select(run.classes, run.train_images), test.select(run.classes, run.test_images)
+    return train.select(run.subset.classes, run.subset.train_images), test.select(
+        run.subset.classes, run.subset.test_images
+    )
 
 
 __all__ = ["READERS", "FileSet", "ImageSet", "Pair", "SegmentationSet", "imagenet", "load"]
