@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from experiments import checkpoint
 from experiments.budget import Budget
 from experiments.feed import Feed
-from experiments.memory import MicroBatch, all_fit, is_out_of_memory
+from experiments.memory import is_out_of_memory
 from experiments.meter import NonFiniteLoss, peak_mib
+from experiments.micro_batch import MicroBatch, all_fit
 from experiments.progress import Report
 from experiments.randomness import fold, seed_device
 from experiments.run import Run

@@ -58,6 +58,12 @@ class PrivateLoop(Loop):
         self.secret = self._secret()
         return PoissonFeed(train, self.run, self.secret, self.accelerator.process_index, self.accelerator.num_processes)
 
+    def _images_at_once(self) -> int:
+        return self.run.privacy.physical_batch_size or PHYSICAL
+
+    def _try_first_step(self) -> None:
+        """Not before the steps that are accounted for: the hooks would keep what it leaves."""
+
     def _secret(self) -> Secret:
         if self.run.privacy.privacy_seed is not None:
             self.report.note(
@@ -115,7 +121,7 @@ class PrivateLoop(Loop):
 
         # Of several processes, Opacus lets the first add the noise, which is drawn by tensor in the model's order.
         self.optimizer.generator = self.secret.generator(self.device, "noise", step)
-        size = self.run.privacy.physical_batch_size or PHYSICAL
+        size = self.micro_batch.at(step)
         # what makes up Opacus' BatchMemoryManager: it tells the optimizer which part is the last
         parts = BatchSplittingSampler(sampler=[self.feed.rows(step)], max_batch_size=size, optimizer=self.optimizer)
         total = torch.zeros((), device=self.device)
@@ -148,7 +154,7 @@ class PrivateLoop(Loop):
     def record(self) -> dict[str, Any]:
         seeded = self.run.privacy.privacy_seed is not None
         kept = "from --privacy-seed: none against those who know it" if seeded else "drawn, removed at the end"
-        return {"privacy": self.state.budget.record() | {"key": kept}}
+        return super().record() | {"privacy": self.state.budget.record() | {"key": kept}}
 
     def close(self) -> None:
         """After the end: nobody needs the key any more, but an attacker."""

@@ -63,11 +63,12 @@ class Classification:
 
     def total(self, labels: Tensor) -> int:
         """What the losses of a step's micro-batches are divided by, given the labels of all of them."""
-        return self.run.accumulate
+        return len(labels)
 
     def loss(self, logits: Tensor, labels: Tensor, total: int) -> Tensor:
         """A micro-batch's part of the step's loss, from float32 logits."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.run.optimization.label_smoothing) / total
+        mean = F.cross_entropy(logits, labels, label_smoothing=self.run.optimization.label_smoothing)
+        return mean * (len(labels) / total)
 
     def evaluate(
         self, model: nn.Module, images: ImageSet, stopped: Callable[[], bool] = lambda: False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from accelerate.state import AcceleratorState, GradientState
 
 from experiments import data
 from experiments.loop import Loop
+from experiments.memory import release
 from experiments.meter import NonFiniteLoss, reset_peak_memory
+from experiments.micro_batch import OutOfMemory
 from experiments.models import build, synchronize_batchnorm
 from experiments.private_loop import PrivateLoop, check_model
 from experiments.progress import Report
@@ -47,16 +49,34 @@ def train(run: Run, *, quiet: bool = False, sets: data.Pair | None = None) -> di
     folder = RunFolder(run)
     stored = folder.stored()
     if stored is not None and stored["status"] == "finished":
-        Report(run.run_dir, not quiet and _accelerator(run).is_main_process).note("has finished; nothing to do")
+        Report(run.run_dir, not quiet and start_accelerator(run).is_main_process).note("has finished; nothing to do")
         return stored["result"]
-    accelerator = _accelerator(run)
+    accelerator = start_accelerator(run)
     _check_division(run, accelerator.num_processes)
     report = Report(run.run_dir, not quiet and accelerator.is_main_process)
     lock = folder.lock() if accelerator.is_main_process else nullcontext()
     with lock, StopRequest() as stop, _deterministic(), _trackers(accelerator, run):
         here = environment(accelerator.device, accelerator.num_processes)
         _note_changes(run, (stored or {}).get("environment", {}), here, report)
-        return _train(run, accelerator, folder, here, report, stop, sets or data.load(run))
+        loaded = sets or data.load(run)
+        return _until_it_fits(lambda: _train(run, accelerator, folder, here, report, stop, loaded), accelerator, report)
+
+
+def _until_it_fits(attempt: Callable[[], dict[str, Any]], accelerator: Accelerator, report: Report) -> dict[str, Any]:
+    """Train; start again from the last checkpoint, with smaller micro-batches, each time that memory runs out."""
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+    while True:
+        try:
+            return attempt()
+        except OutOfMemory as error:
+            if not error.together:
+                raise
+            report.note(str(error))
+        accelerator.free_memory()
+        release()
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(scaler)
+        accelerator.wait_for_everyone()  # what to try next has been written
 
 
 def _train(
@@ -146,7 +166,7 @@ def _result(folder: RunFolder, loop: Loop) -> dict[str, Any]:
     }
 
 
-def _accelerator(run: Run) -> Accelerator:
+def start_accelerator(run: Run) -> Accelerator:
     """A fresh accelerator: its state is global, and an earlier run of this process may have had another precision."""
     AcceleratorState._reset_state()
     GradientState._reset_state()

@@ -31,7 +31,7 @@ from experiments.run import resolve
 from experiments.schedule import learning_rate
 from experiments.segmentation import Segmentation, upsample
 from experiments.tasks import task_of
-from experiments.train import _accelerator, train
+from experiments.train import start_accelerator, train
 from knport.errors import KNPortError
 
 
@@ -104,7 +104,7 @@ def test_upsample_is_torchs(size):
 
 
 def task(run, images):
-    return Segmentation(run, images, _accelerator(run))
+    return Segmentation(run, images, start_accelerator(run))
 
 
 def test_loss_is_the_weighted_mean_over_pixels(tmp_path):

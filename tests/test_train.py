@@ -24,7 +24,7 @@ from experiments.meter import NonFiniteLoss
 from experiments.randomness import fold
 from experiments.run import resolve
 from experiments.state import State
-from experiments.train import _accelerator, train
+from experiments.train import start_accelerator, train
 from knport.errors import KNPortError
 
 
@@ -101,7 +101,7 @@ def test_saved_weights_give_the_stored_accuracy(tmp_path):
     net = models.build(run.model, num_classes=10, in_chans=1, image_size=8)
     net.load_state_dict(load_file(tmp_path / "run" / "last" / "model.safetensors"))
     _, test = data.load(run)
-    again = evaluate(net, test, _accelerator(run), scaling=run.scaling)
+    again = evaluate(net, test, start_accelerator(run), scaling=run.scaling)
     assert again["top1"] == result["top1"]
     assert again["test_loss"] == pytest.approx(result["test_loss"])
 
@@ -255,7 +255,7 @@ def test_evaluation_counts_every_image_once(count):
     labels = torch.randint(0, 10, (count,))
     test = ImageSet(images=images, labels=labels, num_classes=10, mean=(0.5,), std=(0.5,))
     net = TinyKN(10)
-    found = evaluate(net, test, _accelerator(resolve("digits")), scaling="unit")
+    found = evaluate(net, test, start_accelerator(resolve("digits")), scaling="unit")
     logits = net(images / 255)
     assert found["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
     assert found["test_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
