@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from architectures.head import ClassifierHead
 from architectures.initialization import lecun_init
 from architectures.registry import register
-from knport import KernelNorm2d, KNConv2d
+from knport import KernelNorm2d, KNConv2d, KNPortError
+from knport.geometry import padding_pairs
 
 TOP_LEFT, BOTTOM_RIGHT = ((1, 0), (1, 0)), ((0, 1), (0, 1))  # alternate, so that the map does not drift
 
@@ -105,8 +106,8 @@ class KNResNet(ClassifierHead, nn.Module):
         dropout: p of every KNConv; the KernelNorm before the pool has min(5 p, 0.25).
 
     Shape:
-        Input (N, in_chans, H, W): 32 x 32 with ``low_resolution``, from about 64 x 64 without. Output
-        (N, num_classes).
+        Input (N, in_chans, H, W), from `minimum_size` pixels per side on: 16 for KNResNet-18 and -34 with
+        ``low_resolution``, 93 without; 8 and 29 for KNResNet-50. Output (N, num_classes).
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class KNResNet(ClassifierHead, nn.Module):
         self.num_features = final or widths[-1]
         paddings = paddings or _released_paddings(low_resolution, final is not None)
         kernels = (2, 2, 2, 2 if final else 1)
+        self.minimum_size = _minimum_size(low_resolution, kernels[1:], paddings, final is not None)
         self.stem = knconv_stem(in_chans, widths[0], low_resolution, dropout, stem_kernel)
         self.transitions, self.sets = nn.ModuleList(), nn.ModuleList()
         for i, kernel in enumerate(kernels):
@@ -152,6 +154,13 @@ class KNResNet(ClassifierHead, nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, num_features, H', W'), normalized and activated."""
+        height, width = x.shape[2:]
+        if min(height, width) < self.minimum_size:
+            hint = "" if self.low_resolution else ", or build the network with low_resolution=True"
+            raise KNPortError(
+                f"images of {height} x {width} leave no pixel of the last map; enlarge them to {self.minimum_size} x "
+                f"{self.minimum_size} or more{hint}"
+            )
         x = self.stem(x)
         for i, blocks in enumerate(self.sets):
             x = blocks(self.transitions[i - 1](x) if i else x)
@@ -188,6 +197,24 @@ def _released_paddings(low_resolution: bool, final: bool) -> tuple:
     # The last map is 4 x 4 from 32 pixels and 8 x 8 (7 x 7 without the padding) from 224.
     third = TOP_LEFT if low_resolution else ((2, 1), (2, 1))
     return TOP_LEFT, BOTTOM_RIGHT, third if final else 0, int(low_resolution)
+
+
+def _minimum_size(low_resolution: bool, kernels: Sequence[int], paddings: Sequence, final: bool) -> int:
+    """Pixels per side from which no max pool is left without a window."""
+
+    def fits(size: int) -> bool:
+        size = size if low_resolution else -(-size // 4)  # the stem halves twice, rounding up
+        for kernel, padding in zip(kernels, paddings, strict=False):
+            ((before, after),) = padding_pairs(padding, (kernel,) * 2, (1, 1), (1, 1))[:1]
+            size = (size + before + after - kernel + 1) // 2
+            if size < 1:
+                return False
+        if not final:
+            return True
+        ((before, after),) = padding_pairs(paddings[3], (2, 2), (1, 1), (1, 1))[:1]
+        return size >= 2 and size // 2 + before + after >= 2
+
+    return next(size for size in range(1, 1024) if fits(size))
 
 
 @register(original="baseline_resnet18")

@@ -10,7 +10,7 @@ difference to the sum. Use these networks for the first version's numbers only (
 Parameters match those of the ResNets; multiply-accumulates are 6.0, 3.7 and 3.3 times theirs (the first version reports
 6.2, 4.6 and 4.6 times their seconds per epoch on CIFAR-100). For KNResNet-18 that factor depends on the split.
 
-Images are 32 x 32 or larger with ``low_resolution``, 128 x 128 or larger without: the last 2 x 2 kernel is not padded.
+Images are 29 x 29 or larger with ``low_resolution``, 113 x 113 or larger without: the last 2 x 2 kernel is not padded.
 """
 
 from __future__ import annotations

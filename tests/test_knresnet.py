@@ -101,3 +101,19 @@ def test_images_do_not_see_each_other():
     for training in (True, False):
         with torch.no_grad():
             torch.testing.assert_close(model.train(training)(x)[:1], model(x[:1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["knresnet18", "knresnet50", "knresnet18_v1", "kncifar_resnet8x2"])
+@pytest.mark.parametrize("low_resolution", [True, False])
+def test_takes_every_image_from_its_smallest_on(name, low_resolution):
+    with torch.device("meta"):
+        model = architectures.create_model(name, num_classes=3, low_resolution=low_resolution).eval()
+    smallest = model.minimum_size
+    assert smallest <= (32 if low_resolution else 113)
+    for size in (smallest, smallest + 1):
+        assert model(torch.empty(2, 3, size, 2 * size, device="meta")).shape == (2, 3)
+    with pytest.raises(knport.KNPortError, match=f"enlarge them to {smallest} x {smallest}"):
+        model(torch.empty(2, 3, 2 * size, smallest - 1, device="meta"))
+    model.minimum_size = 0
+    with pytest.raises((RuntimeError, knport.KNPortError)):  # the bound is not too high
+        model(torch.empty(2, 3, 2 * size, smallest - 1, device="meta"))
