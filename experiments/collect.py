@@ -17,6 +17,7 @@ from experiments.results import CURVE_COLUMNS, Cost, Key, Results, Row, number, 
 from knport.errors import KNPortError
 
 NOTES = "compare.json"
+RESULT_COLUMNS = ("top1", "best_top1", "miou", "best_miou", "pixel_accuracy", "mean_accuracy")
 
 
 def collect(folder: Path) -> Results:
@@ -41,11 +42,13 @@ def row_of_run(record: Mapping[str, Any]) -> Row:
     run, result, environment = record["run"], record.get("result") or {}, record.get("environment") or {}
     known = {name: run.get(name) for name in ("recipe", "model", "norm", "batch_size", "seed", "epochs", "lr")}
     counts = {name: record.get(name) for name in ("classes", "train_images", "test_images", "parameters")}
-    names = ("steps", "top1", "best_top1", "train_loss", "test_loss", "seconds")
+    names = ("steps", "train_loss", "test_loss", "seconds", *(name for name in result if name in RESULT_COLUMNS))
+    score = next((name.removeprefix("best_") for name in result if name.startswith("best_")), "top1")
     return Row(
         **known,
         **counts,
         **{name: result.get(name) for name in names},
+        score=score,
         dropout=run.get("dropout"),
         device=str(environment.get("device", "")),
         torch=str(environment.get("torch", "")),
@@ -95,10 +98,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _planned_and_found(planned: Row, found: Row) -> Row:
-    """The command is only known to the plan, and so is the failure of a run that could not record it itself."""
+    """Command and original are only known to the plan, and so is a failure that a run could not record itself."""
+    known = {name: getattr(planned, name) for name in ("command", "original", "score")}
     if planned.status == "failed" and not found.finished:
-        return _with(found, command=planned.command, status="failed", reason=planned.reason)
-    return _with(found, command=planned.command)
+        known |= {"status": "failed", "reason": planned.reason}
+    return _with(found, **known)
 
 
 def _with(row: Row, **values: Any) -> Row:

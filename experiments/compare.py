@@ -5,6 +5,7 @@ The same command goes on where it stopped: finished runs are skipped, interrupte
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +24,10 @@ from experiments.report import report
 from experiments.results import Cost, write
 from experiments.run import Run
 from experiments.run_folder import RunFolder
+from experiments.segmentation import Upsample
 from experiments.summary import headline
-from experiments.tasks import Classification, task_of
-from experiments.train import train
+from experiments.tasks import task_of
+from experiments.train import start_accelerator, train
 from knport.errors import KNPortError
 
 FAILURES = (KNPortError, RuntimeError, ValueError, OSError)
@@ -62,7 +64,7 @@ def compare(
     """Train every model with every norm at every batch size and seed, and report.
 
     Args:
-        recipe: digits, cifar10 or cifar100.
+        recipe: digits, cifar10, cifar100, camvid, ... (see list).
         models: names of `architectures`, timm/NAME or torchvision/NAME.
         norms: original, kernel, or competitors of `knport.replace_norm`.
         batch_sizes: images per step.
@@ -104,13 +106,11 @@ def compare(
 def run_grid(runs: Sequence[Run], folder: Path, *, command: str, cost_seconds: float, quiet: bool = False) -> Path:
     """Measure, train and report a list of runs; see `compare`."""
     finished = {key_of(run) for run in runs if (RunFolder(run).stored() or {}).get("status") == "finished"}
-    if task_of(runs[0]) is not Classification:
-        raise KNPortError(f"compare shows accuracies of classification; train {runs[0].recipe} by `train`")
     train_set, _ = data.load(runs[0])
     write_notes(folder, [planned_row(run, command) for run in runs], {})
     try:
         if cost_seconds:
-            _measure_costs(runs, folder, train_set.images.shape[1:], train_set.num_classes, cost_seconds)
+            _measure_costs(runs, folder, train_set, cost_seconds)
         _say_plan(runs, finished, folder, len(train_set))
         for number, run in enumerate(runs, 1):
             _run_cell(run, f"[{number}/{len(runs)}] {key_of(run)}", folder, command, quiet, key_of(run) in finished)
@@ -152,11 +152,11 @@ def _run_cell(run: Run, name: str, folder: Path, command: str, quiet: bool, fini
         say(f"{name}: failed, {reason}")
     else:
         write_notes(folder, [planned_row(run, command)], {})
-        say(f"{name}: {result['top1']:.1f} % in {time.perf_counter() - start:.0f} s")
+        say(f"{name}: {result[task_of(run).score]:.1f} % in {time.perf_counter() - start:.0f} s")
     write(folder, collect(folder))
 
 
-def _measure_costs(runs: Sequence[Run], folder: Path, image_shape: Sequence[int], classes: int, seconds: float) -> None:
+def _measure_costs(runs: Sequence[Run], folder: Path, train_set: Any, seconds: float) -> None:
     """Measure the networks of each batch size together, unless all of them were measured on this device before."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     known = read_notes(folder)["costs"]
@@ -166,19 +166,33 @@ def _measure_costs(runs: Sequence[Run], folder: Path, image_shape: Sequence[int]
         if all(known.get(key, {}).get("cost_device") == cost_device(device) for key in keys.values()):
             continue
         say(f"measuring a training step of {len(here)} networks at batch size {size}")
-        images = torch.randn(size, *image_shape, device=device)
-        batch = Batch(images, torch.arange(size, device=device) % classes)
-        costs = measure(_builder(here, image_shape, classes), here, batch, seconds=seconds)
+        task = _task(runs[0], train_set)
+        network, shape = task.network(), _image_shape(task)
+        images = torch.randn(size, *shape, device=device)
+        places = (size, *shape[1:]) if network.get("dense") else (size,)
+        batch = Batch(images, torch.arange(math.prod(places), device=device).view(places) % network["num_classes"])
+        costs = measure(_builder(here, network, shape), here, batch, seconds=seconds)
         write_notes(folder, [], {keys[network]: cost for network, cost in costs.items()})
 
 
-def _builder(runs: dict[Network, Run], image_shape: Sequence[int], classes: int) -> Callable[..., torch.nn.Module]:
-    channels, size = image_shape[:2]
+def _task(run: Run, train_set: Any) -> Any:
+    return task_of(run)(run, train_set, start_accelerator(run))
 
+
+def _image_shape(task: Any) -> tuple[int, int, int]:
+    """(C, H, W) of what the network is trained on."""
+    network = task.network()
+    return network["in_chans"], *getattr(task, "size", (network["image_size"], network["image_size"]))
+
+
+def _builder(
+    runs: dict[Network, Run], network: dict[str, Any], shape: tuple[int, int, int]
+) -> Callable[..., torch.nn.Module]:
     def build(model: str, norm: str) -> torch.nn.Module:
         torch.manual_seed(0)
         options = {"dropout": runs[model, norm].dropout, "dropout_form": runs[model, norm].dropout_form}
-        return build_model(model, norm, num_classes=classes, in_chans=channels, image_size=size, **options)
+        net = build_model(model, norm, **network, **options)
+        return torch.nn.Sequential(net, Upsample(shape[1:])) if network.get("dense") else net
 
     return build
 

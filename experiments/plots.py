@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from experiments.summary import Series, main_budget
+from experiments.summary import Metric, Series, main_budget, metric_of
 
 INK, FAINT = "#1f2430", "#c9ced8"
 # kind of norm -> (colour on light, colour on dark, marker)
@@ -28,6 +28,9 @@ STYLES = {
     "group": ("#009e73", "#2bcf9f", "^"),
     "layer": ("#b0609a", "#e49ccf", "D"),
     "instance": ("#8a7a00", "#e0cc3c", "v"),
+    "group_ws": ("#6a51c7", "#a99bf5", "<"),
+    "local_context": ("#a5522b", "#d9926b", "p"),
+    "normalized": ("#b3123c", "#ff6f8d", "h"),
     "none": ("#6b7280", "#a3abb8", "x"),
 }
 OTHER = ("#40454f", "#c9ced8", "P")
@@ -38,7 +41,7 @@ PANEL = (4.9, 3.2)  # inches of 72 units: drawn for a phone's width, scaled up o
 
 def style(series: Series) -> tuple[str, str, str]:
     """(light colour, dark colour, marker) of a network's norm."""
-    return STYLES.get(series.family or series.norm, OTHER)
+    return STYLES.get(series.kind, OTHER)
 
 
 def css_name(colour: str) -> str:
@@ -53,7 +56,7 @@ def themes() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def accuracy_plot(series: Sequence[Series], batch_sizes: Sequence[int], *, themed: bool = True) -> str:
-    """SVG: top-1 against batch size, a line per network, bars of one SD where there are seeds for it.
+    """SVG: the score against batch size, a line per network, bars of one SD where there are seeds for it.
 
     Cells of another budget than their column's are left to the table: a line to them would show the budget.
     """
@@ -75,20 +78,21 @@ def accuracy_plot(series: Sequence[Series], batch_sizes: Sequence[int], *, theme
     axes.set_xlim(-0.25, len(batch_sizes) - 1 + (0.9 if len(batch_sizes) < 3 else 1.0))
     axes.set_xlabel("batch size")
     _widen(axes)
-    _finish(axes, "top-1 accuracy [%]", labels)
+    _finish(axes, score_of(series).axis, labels)
     return to_svg(figure, themed)
 
 
 def curves_plot(series: Sequence[Series], curves: Iterable[dict[str, Any]], batch_size: int) -> str:
-    """SVG: top-1 on the test images after each epoch at one batch size, mean over seeds, with their range."""
+    """SVG: the score on the test images after each epoch at one batch size, mean over seeds, with their range."""
     figure, axes = panel()
-    lines = [line for line in curves if line["batch_size"] == batch_size and line.get("top1") is not None]
+    score = score_of(series)
+    lines = [line for line in curves if line["batch_size"] == batch_size and line.get(score.column) is not None]
     labels = []
     for one in series:
         by_epoch: dict[float, list[float]] = {}
         for line in lines:
             if (line["model"], line["norm"]) == (one.model, one.norm):
-                by_epoch.setdefault(line["epoch"], []).append(line["top1"])
+                by_epoch.setdefault(line["epoch"], []).append(line[score.column])
         if not by_epoch:
             continue
         x = sorted(by_epoch)
@@ -103,8 +107,13 @@ def curves_plot(series: Sequence[Series], curves: Iterable[dict[str, Any]], batc
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=5, integer=True))
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
     axes.set_xlabel("epoch")
-    _finish(axes, "top-1 accuracy [%]", labels)
+    _finish(axes, score.axis, labels)
     return to_svg(figure, themed=True)
+
+
+def score_of(series: Sequence[Series]) -> Metric:
+    """What the networks are ranked by."""
+    return metric_of(row for one in series for cell in one.cells.values() for row in cell.rows)
 
 
 def panel() -> tuple[Figure, Axes]:
@@ -125,7 +134,7 @@ def panel() -> tuple[Figure, Axes]:
 def _line(one: Series, series: Sequence[Series]) -> dict[str, Any]:
     models = list(dict.fromkeys(s.model for s in series))
     colour, _, marker = style(one)
-    width = 2.4 if one.family == "kernel" else 1.7
+    width = 2.4 if one.kind == "kernel" else 1.7
     return {
         "color": colour,
         "marker": marker,
@@ -137,7 +146,7 @@ def _line(one: Series, series: Sequence[Series]) -> dict[str, Any]:
 def name_of(one: Series, series: Sequence[Series]) -> str:
     """The norm, or where that is not unique, or built into the network, the model too."""
     model = one.model.rsplit("/", 1)[-1]
-    if one.norm == "original" and one.family == "kernel":
+    if one.norm == "original" and one.kind == "kernel":
         return model
     return one.label if [s.label for s in series].count(one.label) == 1 else f"{model} {one.label}"
 

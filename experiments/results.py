@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from knport.errors import KNPortError
 
-CURVE_COLUMNS = ("step", "epoch", "lr", "train_loss", "test_loss", "top1", "top5", "images_per_second", "seconds")
+SCORES = ("top1", "top5", "miou", "pixel_accuracy", "mean_accuracy")  # in percent
+CURVE_COLUMNS = ("step", "epoch", "lr", "train_loss", "test_loss", *SCORES, "images_per_second", "seconds")
 
 
 class Key(NamedTuple):
@@ -55,13 +56,19 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Cost):
-    """One run: its setting, its result (accuracies in percent) and its network's cost. One line of `results.csv`."""
+    """One run: its setting, its result (scores in percent) and its network's cost. One line of `results.csv`.
+
+    `score` names the column that runs are ranked by: ``top1``, or ``miou`` of segmentation. `original` is the network
+    that a hand-built one is the kernel normalized form of; both are compared as one backbone.
+    """
 
     recipe: str
     model: str
     norm: str
     batch_size: int
     seed: int
+    original: str = ""
+    score: str = "top1"
     epochs: float | None = None
     steps: int | None = None
     lr: float | None = None
@@ -71,6 +78,10 @@ class Row(Cost):
     classes: int | None = None
     top1: float | None = None
     best_top1: float | None = None
+    miou: float | None = None
+    best_miou: float | None = None
+    pixel_accuracy: float | None = None
+    mean_accuracy: float | None = None
     train_loss: float | None = None
     test_loss: float | None = None
     seconds: float | None = None
@@ -86,15 +97,27 @@ class Row(Cost):
         return Key(self.model, self.norm, self.batch_size, self.seed)
 
     @property
+    def value(self) -> float | None:
+        """The score after the last step, in percent."""
+        return getattr(self, self.score)
+
+    @property
+    def backbone(self) -> str:
+        """What a network is compared within: a hand-built kernel normalized one stands beside its original."""
+        return self.original or self.model
+
+    @property
     def finished(self) -> bool:
-        """Whether the run ended with an accuracy."""
-        return self.status == "finished" and self.top1 is not None
+        """Whether the run ended with a score."""
+        return self.status == "finished" and self.value is not None
 
 
 COST_FIELDS = tuple(f.name for f in fields(Cost))
 COLUMNS = (*(f.name for f in fields(Row) if f.name not in COST_FIELDS), *COST_FIELDS)
 TYPES = get_type_hints(Row)
-DECIMALS = {"top1": 2, "best_top1": 2, "train_loss": 4, "test_loss": 4, "seconds": 1, "images_per_second": 1}
+DECIMALS = {name: 2 for name in (*SCORES, "best_top1", "best_miou")}
+DECIMALS |= {"train_loss": 4, "test_loss": 4, "seconds": 1, "images_per_second": 1}
+WORDS = ("recipe", "model", "norm")
 
 
 class Results(NamedTuple):
@@ -127,7 +150,8 @@ def write(folder: Path, results: Results) -> None:
     """Write `results.csv` and `curves.csv`, each by renaming a finished temporary file."""
     rows = [{name: _text(name, getattr(row, name)) for name in COLUMNS} for row in results.rows]
     write_text(folder / "results.csv", _csv(COLUMNS, rows))
-    names = ("recipe", *Key._fields, *CURVE_COLUMNS)
+    used = [name for name in CURVE_COLUMNS if any(line.get(name) is not None for line in results.curves)]
+    names = ("recipe", *Key._fields, *(used or CURVE_COLUMNS))
     curves = [{name: _text(name, line.get(name)) for name in names} for line in results.curves]
     write_text(folder / "curves.csv", _csv(names, curves))
 
@@ -160,7 +184,10 @@ def _text(name: str, value: Any) -> str:
 
 
 def _parse_row(line: Mapping[str, str]) -> Row:
-    return Row(**{name: _parse(TYPES[name], line[name]) for name in COLUMNS if line.get(name)})
+    found = Row(**{name: _parse(TYPES[name], line[name]) for name in COLUMNS if line.get(name)})
+    if found.score not in SCORES:
+        raise KNPortError(f"score is {found.score!r} in a results.csv; expected one of {', '.join(SCORES)}")
+    return found
 
 
 def _parse(kind: Any, text: str) -> Any:
@@ -170,10 +197,9 @@ def _parse(kind: Any, text: str) -> Any:
 
 
 def _read_curves(path: Path) -> list[dict[str, Any]]:
-    words = {"recipe", "model", "norm"}
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    return [{name: text if name in words else number(text) for name, text in line.items()} for line in lines]
+    return [{name: text if name in WORDS else number(text) for name, text in line.items()} for line in lines]
 
 
 def number(text: str | None) -> float | int | None:

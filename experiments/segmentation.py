@@ -67,8 +67,8 @@ class Segmentation:
     def feed(self, images: SegmentationSet) -> FileFeed:
         """Crops, drawn by (seed, epoch, image)."""
 
-        def sample(row: int, drawn: list[float]) -> Sample:
-            return crops.scale_crop_flip(*images.load(row), self.size, drawn)
+        def sample(row: int, drawn: Tensor) -> Sample:
+            return crops.scale_crop_flip(*images.load(row), self.size, drawn.tolist())
 
         def draw(epoch: int) -> Tensor:
             return crops.draw(self.run.augmentation.augment, self.run.seed, epoch, len(images))
@@ -130,6 +130,17 @@ class Segmentation:
 
     def _to_float(self, images: Tensor) -> Tensor:
         return scale(images, self.run.scaling, self.images.mean, self.images.std)
+
+
+class Upsample(nn.Module):
+    """`upsample` to a given (H, W) as a module: (B, K, h, w) -> (B, K, H, W)."""
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__()
+        self.size = size
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return upsample(maps, self.size)
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

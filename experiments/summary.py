@@ -12,24 +12,46 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from experiments.published import published
 from experiments.results import Row
+from knport.errors import KNPortError
 
 NORM_LABELS = {
     "batch": "BatchNorm",
     "group": "GroupNorm",
+    "group_ws": "GroupNorm + WS",
     "kernel": "KernelNorm",
     "layer": "LayerNorm",
     "instance": "InstanceNorm",
+    "local_context": "LocalContextNorm",
+    "normalized": "normalized convolution",
+    "positional": "PositionalNorm",
+    "frn": "FilterResponseNorm",
+    "evonorm_s0": "EvoNorm-S0",
     "none": "no norm",
+}
+
+
+class Metric(NamedTuple):
+    """What runs are ranked by: its name in the log, in a sentence, and as the title of an axis."""
+
+    column: str
+    name: str
+    axis: str
+
+
+METRICS = {
+    "top1": Metric("top1", "top-1 accuracy", "top-1 accuracy [%]"),
+    "miou": Metric("miou", "mean IoU", "mean IoU [%]"),
 }
 STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """All seeds of one network at one batch size; accuracies in percent.
+    """All seeds of one network at one batch size; scores in percent.
 
     `sd` is None with fewer than two finished seeds, `mean` with none. `budget` is (steps, training images, classes).
     """
@@ -43,7 +65,7 @@ class Cell:
 
     @property
     def values(self) -> list[float]:
-        return [row.top1 for row in self.finished]
+        return [row.value for row in self.finished]
 
     @property
     def mean(self) -> float | None:
@@ -63,15 +85,20 @@ class Cell:
 
     @property
     def variance_of_mean(self) -> float:
-        """Of `mean`, in squared percent: seeds, and the binomial draw of the test images (shared by the seeds)."""
+        """Of `mean`, in squared percent: seeds, and the binomial draw of the test images (shared by the seeds).
+
+        The pixels of an image are no independent draws: of mean IoU the seeds alone count.
+        """
         share = self.mean / 100
-        test_images = self.finished[0].test_images or math.inf
+        drawn = self.rows[0].score == "top1" and self.finished[0].test_images
+        test_images = drawn or math.inf
         return (self.sd or 0.0) ** 2 / len(self.values) + 1e4 * share * (1 - share) / test_images
 
     @property
     def published(self) -> float | None:
         row = self.rows[0]
-        return published(row.recipe, row.model, row.norm_family, self.batch_size, row.classes)
+        kind = kind_of(row.norm, row.norm_family)
+        return published(row.recipe, row.model, kind, self.batch_size, row.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +109,41 @@ class Series:
     norm: str
     family: str
     cells: dict[int, Cell]
+    original: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The kind of norm in the network."""
+        return kind_of(self.norm, self.family)
+
+    @property
+    def backbone(self) -> str:
+        """The network that this one is compared within."""
+        return self.original or self.model
 
     @property
     def label(self) -> str:
         """The norm as shown: its kind, and for kernel normalization whether it was converted or built in."""
-        if self.norm == "original":
-            kind = NORM_LABELS.get(self.family, "original")
-            return kind if self.family != "kernel" else f"{kind}, as built"
-        return NORM_LABELS.get(self.norm, self.norm)
+        kind = NORM_LABELS.get(self.kind, self.norm)
+        return f"{kind}, as built" if self.norm == "original" and self.kind == "kernel" else kind
+
+
+def kind_of(norm: str, family: str) -> str:
+    """The kind of norm: the one asked for, or of a model as it is, the one found in it."""
+    return family if norm == "original" else norm
+
+
+def metric_of(rows: Iterable[Row]) -> Metric:
+    """What the rows are ranked by.
+
+    Raises:
+        KNPortError: by more than one thing.
+    """
+    names = {row.score for row in rows}
+    if len(names) > 1:
+        raise KNPortError(f"rows ranked by {' and '.join(sorted(names))} cannot stand in one table")
+    name = next(iter(names), "top1")
+    return METRICS.get(name) or Metric(name, name.replace("_", " "), f"{name.replace('_', ' ')} [%]")
 
 
 def series_of(rows: Iterable[Row]) -> list[Series]:
@@ -97,8 +151,11 @@ def series_of(rows: Iterable[Row]) -> list[Series]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.model, row.norm), []).append(row)
-    models = list(dict.fromkeys(model for model, _ in groups))
-    order = sorted(groups, key=lambda pair: (models.index(pair[0]), pair[1] != "original"))
+    backbone = {model: found[0].backbone for (model, _), found in groups.items()}
+    places = list(dict.fromkeys(backbone.values()))
+    order = sorted(
+        groups, key=lambda pair: (places.index(backbone[pair[0]]), backbone[pair[0]] != pair[0], pair[1] != "original")
+    )
     return [_series(model, norm, groups[model, norm]) for model, norm in order]
 
 
@@ -120,7 +177,7 @@ def main_budget(series: Iterable[Series], batch_size: int) -> tuple:
 
 
 def best_norms(series: list[Series], batch_size: int) -> set[tuple[str, str]]:
-    """The (model, norm) with the highest mean of each model that has at least two comparable norms."""
+    """The (model, norm) with the highest mean of each backbone that has at least two comparable norms."""
     return {(ranked[0].model, ranked[0].norm) for ranked in _rankings(series, batch_size) if len(ranked) > 1}
 
 
@@ -131,16 +188,18 @@ def clearly_apart(a: Cell, b: Cell) -> bool:
 
 
 def headline(rows: Iterable[Row]) -> str:
-    """One sentence on the first model that has several norms: who is ahead at each batch size, and is it clear."""
+    """One sentence on the first backbone that has several norms: who is ahead at each batch size, and is it clear."""
     rows = list(rows)
     series = series_of(rows)
     rankings = {size: ranked[0] for size in batch_sizes_of(rows) if (ranked := _rankings(series, size))}
     rankings = {size: ranked for size, ranked in rankings.items() if len(ranked) > 1}
     if not rankings:
         return "No two norms of one model have finished at the same batch size and budget yet."
+    first = next(iter(rankings.values()))[0].backbone
+    rankings = {size: ranked for size, ranked in rankings.items() if ranked[0].backbone == first}
     text = "; ".join(_verdict(ranked, size) for size, ranked in rankings.items())
-    if len({s.model for s in series}) > 1:
-        text = f"{next(iter(rankings.values()))[0].model}: {text}"
+    if len({s.backbone for s in series}) > 1:
+        text = f"{first}: {text}"
     seeds = min(len(s.cells[size].values) for size, ranked in rankings.items() for s in ranked)
     text = text if ":" in text else text[0].upper() + text[1:]
     return text + ("." if seeds > 1 else " (one seed: its spread is not known).")
@@ -162,16 +221,16 @@ def _series(model: str, norm: str, rows: list[Row]) -> Series:
         size: Cell(batch_size=size, rows=tuple(row for row in rows if row.batch_size == size))
         for size in batch_sizes_of(rows)
     }
-    return Series(model=model, norm=norm, family=family, cells=cells)
+    return Series(model=model, norm=norm, family=family, cells=cells, original=rows[0].original)
 
 
 def _rankings(series: list[Series], batch_size: int) -> list[list[Series]]:
-    """Per model, its networks with a result under the main budget, best first; models with several norms first."""
+    """Per backbone, its networks with a result under the main budget, best first; those with several norms first."""
     main = main_budget(series, batch_size)
     here = [s for s in series if batch_size in s.cells and s.cells[batch_size].budget == main and main]
     here.sort(key=lambda s: -s.cells[batch_size].mean)
-    models = dict.fromkeys(s.model for s in series)
-    rankings = [[s for s in here if s.model == model] for model in models]
+    backbones = dict.fromkeys(s.backbone for s in series)
+    rankings = [[s for s in here if s.backbone == backbone] for backbone in backbones]
     return sorted(filter(None, rankings), key=lambda ranked: len(ranked) < 2)
 
 

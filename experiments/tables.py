@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Table(NamedTuple):
 
 
 def accuracy(rows: Iterable[Row]) -> Table:
-    """Networks down, batch sizes across: mean ± SD of top-1 over seeds, and the paper's value where there is one."""
+    """Networks down, batch sizes across: mean ± SD of the score over seeds, and the paper's value if it has one."""
     rows = list(rows)
     series, sizes = series_of(rows), batch_sizes_of(rows)
     papers = {size for size in sizes if any(s.cells[size].published for s in series if size in s.cells)}
@@ -53,6 +54,33 @@ def accuracy(rows: Iterable[Row]) -> Table:
                 line.append(Text(f"{cell.published:.1f}" if cell and cell.published else ""))
         lines.append(tuple(line))
     return _without_single_model(Table(tuple(header), tuple(lines)))
+
+
+FURTHER = (("pixel_accuracy", "pixel accuracy"), ("mean_accuracy", "mean accuracy"), ("top5", "top-5"))
+
+
+def further(rows: Iterable[Row]) -> Table | None:
+    """The other measures of segmentation, as mean ± SD over seeds; None where nothing else was measured."""
+    rows = list(rows)
+    known = [(name, label) for name, label in FURTHER if any(getattr(row, name, None) is not None for row in rows)]
+    if not known:
+        return None
+    header = ("model", "norm", "batch size", *(label for _, label in known))
+    lines = []
+    for one in series_of(rows):
+        for size, cell in sorted(one.cells.items()):
+            values = [Text(spread([getattr(row, name) for row in cell.finished])) for name, _ in known]
+            lines.append((Text(one.model), Text(one.label), Text(str(size)), *values))
+    return _without_single_model(Table(header, tuple(lines), names=3))
+
+
+def spread(values: Iterable[float | None]) -> str:
+    """``41.9 ± 0.4``, without SD for one value, "" for none."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    sd = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{sd}"
 
 
 def costs(rows: Iterable[Row]) -> Table:
@@ -135,10 +163,6 @@ def _cost_cells(row: Row) -> tuple[Text, ...]:
         Text(_digits(row.peak_mib)),
         Text(_digits(row.saved_mib)),
     )
-
-
-def _slowdown(row: Row) -> Text:
-    return Text("1") if row.slowdown == 1 else _median(row.slowdown, row.slowdown_q20, row.slowdown_q80)
 
 
 def _median(value: float | None, low: float | None, high: float | None) -> Text:
