@@ -20,6 +20,9 @@ COMMANDS = {
     "compare": "run a grid of models, norms, batch sizes and seeds, and report it",
     "demo": "compare three norms on the embedded digits in a few minutes",
     "privacy": "private training of the embedded digits: accuracy by epsilon, and membership inference",
+    "search-lr": "the papers' search: a learning rate, halved until it gets no better",
+    "validate": "measure a run's weights, or a model of knport.save, on the test images again",
+    "submit": "send a grid of runs to Slurm as one array of jobs",
     "report": "write report.html, report.md and results.csv for a folder of runs",
     "sweep": "convert every network of torchvision and timm's families, and check the promises",
     "list": "the recipes, norms and models that can be named",
@@ -56,7 +59,8 @@ def _run(command: str, args: list[str]) -> None:
     elif command == "list":
         _list(args)
     elif command in COMMANDS:
-        function = getattr(import_module(f"experiments.{command}"), command)
+        name = command.replace("-", "_")
+        function = getattr(import_module(f"experiments.{name}"), name)
         tyro.cli(function, args=args, prog=f"{PROG} {command}", config=(tyro.conf.OmitArgPrefixes,))
     else:
         from knport.errors import UnknownName
@@ -106,7 +110,7 @@ def _list(args: list[str]) -> None:
 
 def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND [-h] ...", ""]
-    return "\n".join(lines + [f"  {name:8} {text}" for name, text in COMMANDS.items()])
+    return "\n".join(lines + [f"  {name:9} {text}" for name, text in COMMANDS.items()])
 
 
 if __name__ == "__main__":
