@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 
 from experiments import plots, tables
+from experiments.paper_table import SOURCE
 from experiments.privacy_report import Section as Part
-from experiments.published import SETTING, SOURCE
+from experiments.published import setting_of
 from experiments.results import Results, Row
 from experiments.summary import Series, batch_sizes_of, headline, main_budget, series_of
 from experiments.tables import Table, Text
@@ -194,7 +195,7 @@ def _measured_on(rows: Sequence[Row]) -> str:
 
 
 def _paper_note(rows: Sequence[Row]) -> list[str]:
-    return [f"paper: {SOURCE}; {SETTING}."] if "paper" in tables.accuracy(rows).header else []
+    return [f"paper: {SOURCE}; {setting_of(rows[0].recipe)}."] if "paper" in tables.accuracy(rows).header else []
 
 
 def _runs(rows: Sequence[Row]) -> str:

@@ -9,7 +9,8 @@ import tyro
 
 from experiments import page, privacy_report, tables
 from experiments.collect import NOTES, collect
-from experiments.published import SETTING, SOURCE
+from experiments.paper_table import SOURCE
+from experiments.published import setting_of
 from experiments.results import Results, Row, read, write, write_text
 from experiments.summary import STANDARD_ERRORS, headline
 from knport.errors import KNPortError
@@ -81,5 +82,5 @@ def markdown(rows: Sequence[Row], private: Sequence[privacy_report.Section] = ()
     parts += [f"```\n{command}\n```" for command in page.commands(rows)]
     parts += ["## How to read this", *(f"- {text}" for text in READING)]
     if any(cell == "paper" for cell in tables.accuracy(rows).header):
-        parts.append(f"- paper: {SOURCE}; {SETTING}.")
+        parts.append(f"- paper: {SOURCE}; {setting_of(rows[0].recipe)}.")
     return "\n\n".join(filter(None, parts)) + "\n"
