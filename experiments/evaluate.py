@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.data.images import ImageSet
 from experiments.memory import is_out_of_memory, release
@@ -33,27 +33,53 @@ def evaluate(
     Process r of w takes images r, r + w, ...; shards may differ by one image. `stopped` is asked before each batch,
     equally often on all processes; when it says so the answer is None. The model's mode is restored.
     """
-    rows = torch.arange(accelerator.process_index, len(images), accelerator.num_processes, device=accelerator.device)
-    largest_shard = math.ceil(len(images) / accelerator.num_processes)
+
+    def batch(rows: list[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.tensor(rows, device=accelerator.device)
+        x = images.scale(images.images[chosen], scaling)
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x, images.labels[chosen]
+
+    return evaluate_batches(model, len(images), batch, accelerator, stopped)
+
+
+def evaluate_batches(
+    model: nn.Module,
+    images: int,
+    batch: Callable[[list[int]], tuple[Tensor, Tensor]],
+    accelerator: Accelerator,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """What `evaluate` gives, of so many images that `batch` makes.
+
+    Args:
+        model: as of `evaluate`, and so are `accelerator` and `stopped`.
+        images: their number.
+        batch: given the rows of one batch, its images (B, C, H, W) as the model takes them and labels int64 (B,). It
+            is asked for the batches of `shard` in order.
+    """
     totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # loss, top 1, top 5, images
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, largest_shard, BATCH_SIZE):
+        for rows in shard(images, accelerator.process_index, accelerator.num_processes):
             if stopped():
                 return None
-            part = rows[first : first + BATCH_SIZE]
-            if len(part):
-                x = images.scale(images.images[part], scaling)
-                x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-                totals += _count_in_parts(model, x, images.labels[part], accelerator)
+            if rows:
+                totals += _count_in_parts(model, *batch(rows), accelerator)
     finally:
         model.train(was_training)
     loss, top1, top5, count = accelerator.reduce(totals, "sum").tolist()
     return {"test_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
-def _count_in_parts(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+def shard(images: int, rank: int, world: int) -> list[list[int]]:
+    """The rows of each batch of process `rank` of `world`; equally many batches for all, the last perhaps empty."""
+    largest = math.ceil(images / world)
+    rows = range(rank, images, world)
+    return [list(rows[first : first + BATCH_SIZE]) for first in range(0, largest, BATCH_SIZE)]
+
+
+def _count_in_parts(model: nn.Module, x: Tensor, labels: Tensor, accelerator: Accelerator) -> Tensor:
     """`_count`, of half as many images at once where memory runs out: sums over images, so nothing changes."""
     try:
         return _count(model, x, labels, accelerator)
@@ -67,7 +93,7 @@ def _count_in_parts(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, acc
 
 
 @torch.no_grad()
-def _count(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+def _count(model: nn.Module, x: Tensor, labels: Tensor, accelerator: Accelerator) -> Tensor:
     with accelerator.autocast():
         logits = model(x).float()  # (B, K)
     best = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)  # (B, 5)

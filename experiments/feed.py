@@ -12,6 +12,7 @@ from torch import Tensor
 
 from experiments.data.augment import crop_flip, draw
 from experiments.data.images import ImageSet
+from experiments.mixing import shared
 from experiments.randomness import generator
 from experiments.run import Run
 from knport.errors import KNPortError
@@ -46,29 +47,38 @@ class Feed:
 
     def _prepare(self, epoch: int, chunk: int) -> None:
         if epoch != self._epoch:
-            self._rows = self._order(epoch).to(self.device)
-            draws = draw(self.run.augmentation.augment, self.run.seed, epoch, len(self.images), self.padding)
+            self._keys = self._order(epoch).to(self.device)
+            count = len(self.images) * self.run.augmentation.repeats
+            draws = draw(self.run.augmentation.augment, self.run.seed, epoch, count, self.padding)
             self._draws = None if draws is None else draws.to(self.device)
         self._epoch, self._chunk = epoch, chunk
-        rows = self._rows[chunk * self.chunk_steps : (chunk + 1) * self.chunk_steps]  # (steps, b)
-        images = self.images.images[rows.flatten()]  # (steps * b, C, H, W)
+        keys = self._keys[chunk * self.chunk_steps : (chunk + 1) * self.chunk_steps]  # (steps, b)
+        rows = keys.flatten() % len(self.images)
+        images = self.images.images[rows]  # (steps * b, C, H, W)
         if self._draws is not None:
-            images = crop_flip(images, self._draws[rows.flatten()], self.padding)
+            images = crop_flip(images, self._draws[keys.flatten()], self.padding)
         images = self.images.scale(images, self.run.scaling)
         if self.run.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        self._images = images.split(rows.shape[1])
-        self._labels = self.images.labels[rows.flatten()].split(rows.shape[1])
+        self._images = images.split(keys.shape[1])
+        self._labels = self.images.labels[rows].split(keys.shape[1])
 
     def _order(self, epoch: int) -> Tensor:
-        """Rows of the images of each step of the epoch for this process, (steps, b)."""
-        return epoch_order(len(self.images), self.run, epoch)[:, self.rank :: self.world]
+        """Keys of the images of each step of the epoch for this process, (steps, b)."""
+        return shared(epoch_order(len(self.images), self.run, epoch), self.run, self.rank, self.world)
 
 
 def epoch_order(count: int, run: Run, epoch: int) -> Tensor:
-    """Rows of the images of each step of the epoch, (steps, B), of `count` images."""
-    order = torch.randperm(count, generator=generator(run.seed, "order", epoch))
-    return order[: count // run.batch_size * run.batch_size].view(-1, run.batch_size)
+    """Keys of the images of each step of the epoch, (steps, B), of `count` images.
+
+    A key is an image's row, plus `count` for its second copy in the batch, twice that for its third (repeated
+    augmentation). The copies of different images lie side by side, those of one image apart.
+    """
+    order, repeats = torch.randperm(count, generator=generator(run.seed, "order", epoch)), run.augmentation.repeats
+    steps = count // run.batch_size
+    rows = order[: steps * run.batch_size // repeats].view(steps, 1, -1)
+    copies = torch.arange(repeats).view(1, -1, 1) * count
+    return (rows + copies).flatten(1)  # (steps, repeats, B/repeats) -> (steps, B)
 
 
 def check_batch_size(images: Sized, run: Run) -> None:

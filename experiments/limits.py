@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -13,10 +14,25 @@ INFINITY = float("inf")
 LEAST = {
     **dict.fromkeys(("batch_size", "epochs", "accumulate", "steps", "classes", "train_images", "test_images"), 1),
     **dict.fromkeys(("checkpoint_every", "processes", "physical_batch_size", "crop_height", "crop_width"), 1),
-    **dict.fromkeys(("warmup", "seed"), 0),
+    **dict.fromkeys(("image_size", "test_resize", "test_size", "repeats"), 1),
+    **dict.fromkeys(("warmup", "warmup_epochs", "seed"), 0),
 }
-SHARES = ("ema", "label_smoothing", "momentum", "dropout")  # in [0, 1)
+SHARES = ("ema", "label_smoothing", "momentum", "dropout", "floor", "erase")  # in [0, 1)
+POSITIVE_OR_ZERO = ("mixup", "cutmix", "weight_decay", "norm_weight_decay")
 POSITIVE = ("lr", "eval_every", "clip", "epsilon")  # finite and above 0
+
+
+# Settings that only some tasks can do with -> which.
+FOR_SEGMENTATION = dict.fromkeys(("crop_height", "crop_width", "class_weights"), "segmentation")
+FOR_CLASSIFICATION = dict.fromkeys(("mixup", "cutmix", "repeats"), "classification")
+PHOTOGRAPHS = "photographs read from files"
+FOR_PICTURES = dict.fromkeys(("image_size", "test_resize", "test_size", "trivial_augment", "erase"), PHOTOGRAPHS)
+AUGMENT_FOR = {
+    "crop": "small images and segmentation",
+    "crop-flip": "small images and segmentation",
+    "resized-crop-flip": PHOTOGRAPHS,
+    "scale-crop-flip": "segmentation",
+}
 
 
 def check(run: Run) -> None:
@@ -29,8 +45,12 @@ def check(run: Run) -> None:
     for name in POSITIVE:
         fits = _none(values, name) or 0 < values[name] < INFINITY
         _require(fits, name, values[name], "a finite number above 0", values)
+    for name in POSITIVE_OR_ZERO:
+        fits = _none(values, name) or 0 <= values[name] < INFINITY
+        _require(fits, name, values[name], "a finite number of at least 0", values)
     for name, known in choices().items():
         _require(values[name] in known, name, values[name], f"one of {', '.join(map(str, known))}")
+    _check_batch(run)
     _check_privacy(run)
 
 
@@ -53,6 +73,30 @@ def _names(hint: Any) -> tuple[Any, ...]:
     return ()
 
 
+def check_foreign(run: Run, foreign: Mapping[str, str], augments: Sequence[str]) -> None:
+    """Raise `KNPortError` if one of the settings `foreign` is not its default, or `augment` none of `augments`."""
+    from experiments.run import DEFAULTS
+    from knport.errors import KNPortError
+
+    values = run.flat()
+    for name, purpose in foreign.items():
+        if values[name] != DEFAULTS[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise KNPortError(f"{name} is {values[name]!r}, which is for {purpose}: {run.recipe} has no use for {flag}")
+    augment = run.augmentation.augment
+    if augment not in augments:
+        raise KNPortError(
+            f"augment is {augment!r}, which is for {AUGMENT_FOR[augment]}: {run.recipe} has no use for it, set --augment"
+            f" to one of {', '.join(augments)}"
+        )
+
+
+def _check_batch(run: Run) -> None:
+    copies, size = run.augmentation.repeats, run.batch_size
+    least = copies * (2 if run.augmentation.mixed else 1)
+    _require(size % least == 0, "batch_size", size, f"a multiple of {least}: copies of an image, and pairs to mix")
+
+
 def _check_privacy(run: Run) -> None:
     privacy = run.privacy
     delta, noise = privacy.delta, privacy.noise_multiplier
@@ -65,6 +109,9 @@ def _check_privacy(run: Run) -> None:
             _require(getattr(privacy, name) is None, name, getattr(privacy, name), "None without --epsilon")
         _require(not privacy.secure_noise, "secure_noise", True, "False without --epsilon")
         return
+    for name, usual in (("mixup", 0), ("cutmix", 0), ("repeats", 1), ("norm_weight_decay", None)):
+        value = run.flat()[name]
+        _require(value == usual, name, value, f"{usual} with --epsilon: an image must not show in another's gradient")
     _require(run.accumulate == 1, "accumulate", run.accumulate, "1 with --epsilon (see --physical-batch-size)")
     scaled = "no or bf16 with --epsilon: scaled gradients cannot be clipped"
     _require(run.mixed_precision != "fp16", "mixed_precision", "fp16", scaled)

@@ -9,10 +9,13 @@ from torch import nn
 
 import architectures
 import knport
+from experiments.without_kernel_norm import without_kernel_norm
 from knport.errors import KNPortError, UnknownName
 from knport.surgery import replace
 
-NORMS = ("original", "kernel", *replace.NORMS)
+# Further names of competitors: a norm of `knport.replace_norm` and its options.
+VARIANTS = {"group_of_32": ("group", {"group_size": 32})}  # the first version's GroupNorm: 32 channels per group
+NORMS = ("original", "kernel", *replace.NORMS, *VARIANTS)
 KERNEL_NORMS = (knport.KernelNorm1d, knport.KernelNorm2d, knport.KernelNorm3d)
 KN_CONVS = (knport.KNConv1d, knport.KNConv2d, knport.KNConv3d)
 AUXILIARY = ("googlenet", "inception_v3")  # of torchvision: more than one output while training, unless told otherwise
@@ -31,12 +34,14 @@ def build(
     dropout: float | None = None,
     dropout_form: str | None = None,
     activation: str | None = None,
+    device: str = "cpu",
 ) -> nn.Module:
     """A freshly initialized model; seed torch first for given weights.
 
     Args:
         name: a name of `architectures`, ``timm/NAME`` or ``torchvision/NAME``.
-        norm: ``original`` (as the model is), ``kernel`` (`knport.convert`), or a norm of `knport.replace_norm`.
+        norm: ``original`` (as the model is), ``kernel`` (`knport.convert`), a norm of `knport.replace_norm`, or
+            ``group_of_32`` (GroupNorm with 32 channels per group). ``none`` also takes kernel normalization away.
         num_classes: size of the last layer.
         in_chans: channels of the images.
         image_size: their height in pixels; at most 64 means the low-resolution stem: `architectures` builds it in,
@@ -47,13 +52,15 @@ def build(
             the share of it that was published with them, others are given `set_dropout`; None leaves all as it is.
         dropout_form: of these layers: "moments", "shared" or "unit"; None leaves each its own.
         activation: "relu" or "mish" in the place of every ReLU and Mish module; None leaves them.
+        device: where it is built; "meta" for its shapes alone.
 
     Raises: `UnknownName` for an unknown model or norm; `KNPortError` from the rewriting.
     """
     built_with = {} if dropout is None or norm == "kernel" else _own_dropout(name, dropout)
-    model = _create(name, num_classes, in_chans, image_size, **built_with)
+    with torch.device(device):
+        model = _create(name, num_classes, in_chans, image_size, **built_with)
     size = min(image_size, DENSE_EXAMPLE) if dense else image_size
-    example = torch.zeros(2, in_chans, size, size)
+    example = torch.zeros(2, in_chans, size, size, device=device)
     model = _renorm(model, norm, example)
     if dropout is not None and not built_with:
         set_dropout(model, dropout)
@@ -168,8 +175,11 @@ def _renorm(model: nn.Module, norm: str, example: torch.Tensor) -> nn.Module:
         return model
     if norm == "kernel":
         return knport.convert(model, example_inputs=example)
+    if norm == "none" and any(isinstance(module, (*KERNEL_NORMS, *KN_CONVS)) for module in model.modules()):
+        return without_kernel_norm(model)
+    norm, options = VARIANTS.get(norm, (norm, {}))
     try:
-        return knport.replace_norm(model, norm, example_inputs=example)
+        return knport.replace_norm(model, norm, example_inputs=example, **options)
     except UnknownName as error:
         raise UnknownName("norm", norm, NORMS) from error
 

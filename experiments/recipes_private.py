@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.recipe import Recipe, norm_kind
+from experiments.recipe import Recipe, norm_kind, scaling_of
 from experiments.settings import AugmentationSettings, OptimizationSettings, PrivacySettings, Schedule
 
 # At batch size 256 and epsilon 8, best by a seed that is not among the reported ones: of 4, 8, 16 (kernel: of 8, 16)
@@ -29,7 +29,7 @@ def digits_private(model: str, norm: str, batch_size: int | None = None) -> Reci
         batch_size=batch_size,
         epochs=8,
         lr=DIGITS_LR.get(norm_kind(model, norm), 8.0) * batch_size / 256,
-        scaling=_scaling(model, norm),
+        scaling=scaling_of(model, norm),
         optimization=_plain_sgd("cosine-step"),
         augmentation=AugmentationSettings(augment="none"),
         privacy=PrivacySettings(epsilon=8.0, delta=1e-4),
@@ -49,7 +49,7 @@ def cifar10_private(model: str, norm: str, batch_size: int | None = None) -> Rec
         batch_size=batch_size,
         epochs=60,
         lr=2.0 * batch_size / 1024,
-        scaling=_scaling(model, norm),
+        scaling=scaling_of(model, norm),
         activation="mish",
         optimization=_plain_sgd("halve"),
         augmentation=AugmentationSettings(augment="none"),
@@ -93,12 +93,8 @@ def imagenet32_private_v1(model: str, norm: str, batch_size: int | None = None) 
 
 def _imagenet32(model: str, norm: str) -> dict[str, Any]:
     none = AugmentationSettings(augment="none")
-    return {"scaling": _scaling(model, norm), "activation": "mish", "augmentation": none}
+    return {"scaling": scaling_of(model, norm), "activation": "mish", "augmentation": none}
 
 
 def _plain_sgd(schedule: Schedule) -> OptimizationSettings:
     return OptimizationSettings(momentum=0.0, weight_decay=0.0, schedule=schedule)
-
-
-def _scaling(model: str, norm: str) -> str:
-    return "unit" if norm_kind(model, norm) == "kernel" else "standard"

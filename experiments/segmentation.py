@@ -20,6 +20,7 @@ from experiments.data import crops
 from experiments.data.files import IGNORE, SegmentationSet
 from experiments.data.images import scale
 from experiments.file_feed import FileFeed, Sample
+from experiments.limits import FOR_CLASSIFICATION, FOR_PICTURES, check_foreign
 from experiments.run import Run
 from knport.errors import KNPortError
 
@@ -55,10 +56,7 @@ class Segmentation:
         """Raise `KNPortError` for settings that have no meaning here."""
         if run.private:
             raise KNPortError(f"{run.recipe} cannot be trained privately: leave --epsilon and --noise-multiplier out")
-        if run.augmentation.augment not in KINDS:
-            raise KNPortError(
-                f"augment is {run.augmentation.augment!r}; expected one of {', '.join(KINDS)}: set --augment"
-            )
+        check_foreign(run, FOR_CLASSIFICATION | FOR_PICTURES, KINDS)
 
     def network(self) -> dict[str, Any]:
         """What `experiments.models.build` is to build: a network with a map of class scores."""

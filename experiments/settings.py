@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Schedule = Literal["cosine", "cosine-step", "constant", "poly", "step30", "halve", "decay"]
-Augment = Literal["none", "crop", "crop-flip", "scale-crop-flip"]
+Augment = Literal["none", "crop", "crop-flip", "resized-crop-flip", "scale-crop-flip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +29,24 @@ class SubsetSettings:
 class OptimizationSettings:
     """How the loss moves the weights."""
 
+    optimizer: str = "sgd"
+    """sgd, adamw, or another name of `timm.optim.list_optimizers()`."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD; other optimizers have their own defaults."""
     weight_decay: float = 5e-4
-    """Weight decay of SGD, on all parameters as published."""
+    """Weight decay, on all parameters as published."""
+    norm_weight_decay: float | None = None
+    """Weight decay of the gains and biases of norms, in its place. None: the same."""
     schedule: Schedule = "cosine"
-    """cosine to 1 %, constant within an epoch (published); cosine-step follows it step by step; poly is (1 - step /
+    """cosine to `floor`, constant within an epoch (published); cosine-step follows it step by step; poly is (1 - step /
     total)^0.9, of segmentation; step30 is x 0.1 every 30 epochs, of ImageNet; of private training:
     halve is x 0.5 at 70 and 90 % of the run (TMLR), decay is x 0.99 each epoch (v1)."""
+    floor: float = 0.01
+    """Share of lr that the cosine ends at."""
     warmup: int = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, during which the schedule runs on."""
+    warmup_epochs: int = 0
+    """Epochs of linear warm-up from 1 % of lr, after which the schedule begins (ConvNeXt)."""
     label_smoothing: float = 0.0
     """Probability mass spread over all classes."""
     ema: float = 0.0
@@ -50,8 +58,31 @@ class AugmentationSettings:
     """What happens to an image before the network sees it."""
 
     augment: Augment = "crop-flip"
-    """Random crop after zero padding by an eighth of the image (4 pixels of 32), and horizontal flip; of segmentation,
-    a crop of crop_height x crop_width, and scale by 0.5 to 2.1 before it."""
+    """Random crop after zero padding by an eighth of the image (4 pixels of 32), and horizontal flip; of ImageNet, a
+    crop of 8 to 100 % of the image, resized; of segmentation, a crop of crop_height x crop_width, and scale by 0.5 to
+    2.1 before it."""
+    image_size: int | None = None
+    """Of ImageNet: pixels of the square images that are trained on. None: 224."""
+    test_resize: int | None = None
+    """Of ImageNet: pixels that the shorter side of a test image is resized to. None: 256."""
+    test_size: int | None = None
+    """Of ImageNet: pixels of the square in the middle that is tested. None: 224."""
+    trivial_augment: bool = False
+    """Of ImageNet: one random operation of random strength on each image (TrivialAugment, wide)."""
+    erase: float = 0.0
+    """Of ImageNet: probability that a random rectangle of an image is erased."""
+    mixup: float = 0.0
+    """Mix pairs of images and labels by a share from Beta(mixup, mixup); 0: not. With cutmix too, each step draws one
+    of the two."""
+    cutmix: float = 0.0
+    """Paste a rectangle of one image of each pair into the other, of an area from Beta(cutmix, cutmix); 0: not."""
+    repeats: int = 1
+    """Copies of each image in its batch, augmented differently; an epoch sees as many images, fewer different ones."""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether images are mixed with others."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True, kw_only=True)

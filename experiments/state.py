@@ -12,6 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from experiments import checkpoint
 from experiments.budget import Budget
 from experiments.meter import LossMeter
+from experiments.optimizer import build_optimizer, numbers, restore_numbers
 from experiments.run import Run
 
 VALUES = ("step", "evaluated", "best_score", "best_step", "seconds")
@@ -53,14 +54,9 @@ class State:
         self.meter = LossMeter(device, total_steps)
         self.average = copy.deepcopy(net).requires_grad_(False) if run.optimization.ema else None
         self.averaged = list(self.average.parameters()) if run.optimization.ema else []
-        self.optimizer = torch.optim.SGD(
-            self.parameters,
-            lr=run.lr,
-            momentum=run.optimization.momentum,
-            weight_decay=run.optimization.weight_decay,
-            # fused reads memory as it lies, and Opacus' gradients are not laid out as channels-last weights are
-            fused=(device.type in ("cpu", "cuda") or None) if budget is None else False,
-        )
+        # fused reads memory as it lies, and Opacus' gradients are not laid out as channels-last weights are
+        fused = (device.type in ("cpu", "cuda") or None) if budget is None else False
+        self.optimizer = build_optimizer(run, net, fused=fused)
 
     @property
     def evaluated_net(self) -> nn.Module:
@@ -99,6 +95,7 @@ class State:
         """The rest, as JSON."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
         values = {name: getattr(self, name) for name in VALUES} | {"losses": self.meter.state(), "scaler": scaler}
+        values["optimizer"] = numbers(self.optimizer, self.net.named_parameters())
         return values if self.budget is None else values | {"privacy": self.budget.state()}
 
     def load(self, tensors: checkpoint.Tensors, values: dict[str, Any]) -> None:
@@ -109,7 +106,8 @@ class State:
         named = dict(self.net.named_parameters())
         for name, value in tensors["optimizer"].items():
             path, _, key = name.rpartition("/")
-            self.optimizer.state[named[path]][key] = torch.empty_like(named[path]).copy_(value)
+            self.optimizer.state[named[path]][key] = _beside(named[path], value, self.optimizer)
+        restore_numbers(self.optimizer, named, values.get("optimizer"))
         for name in VALUES:
             setattr(self, name, values[name])
         self.meter.load(values["losses"])
@@ -117,3 +115,11 @@ class State:
             self.budget.load(values["privacy"], self.step)
         if self.scaler is not None:
             self.scaler.load_state_dict(values["scaler"])
+
+
+def _beside(parameter: Tensor, value: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """A stored tensor of the optimizer as it was beside its parameter: in its layout, or a count of steps."""
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    counts_on_cpu = value.ndim == 0 and not optimizer.defaults.get("fused")
+    return value if counts_on_cpu else value.to(parameter.device)

@@ -11,6 +11,7 @@ import torch
 
 from experiments import recipes
 from experiments.__main__ import main
+from experiments.recipe import tabulated
 from experiments.run import Run, differences, resolve
 from experiments.schedule import learning_rate
 from experiments.settings import OptimizationSettings
@@ -45,9 +46,9 @@ def test_cifar10_defaults():
 
 def test_learning_rates_between_and_outside_the_table():
     table = {2: 0.01, 32: 0.08}
-    assert recipes.tabulated(table, 8) == pytest.approx(0.01 * 8**0.5)
-    assert recipes.tabulated(table, 1) == pytest.approx(0.005)
-    assert recipes.tabulated(table, 64) == pytest.approx(0.16)
+    assert tabulated(table, 8) == pytest.approx(0.01 * 8**0.5)
+    assert tabulated(table, 1) == pytest.approx(0.005)
+    assert tabulated(table, 64) == pytest.approx(0.16)
 
 
 def test_cosine_is_the_published_schedule():
@@ -83,7 +84,7 @@ def test_every_field_has_a_default_and_a_place_in_the_default_folder():
         ({"recipe": "cifar1000"}, "unknown recipe 'cifar1000'; did you mean 'cifar100'"),
         ({"learning_rate": 1.0}, "unknown field of Run 'learning_rate'"),
         ({"batch_size": -1}, "batch_size is -1; expected at least 1"),
-        ({"lr": 0.0}, "lr is 0.0; expected above 0"),
+        ({"lr": 0.0}, "lr is 0.0; expected a finite number above 0"),
         ({"ema": 1.0}, r"ema is 1.0; expected in \[0, 1\)"),
         ({"schedule": "cosin"}, "schedule is 'cosin'; expected one of"),
         ({"steps": 0}, "steps is 0"),
@@ -138,7 +139,7 @@ def test_errors_are_one_message(tmp_path, monkeypatch, capsys, args, match):
 
 def test_unknown_names_are_value_errors():
     with pytest.raises(UnknownName):
-        recipes.get("imagenet")
+        recipes.get("imagenette")
     assert issubclass(UnknownName, ValueError)
 
 

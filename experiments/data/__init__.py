@@ -16,16 +16,18 @@ READERS = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "tiny_imagenet": tiny_imagenet,
+    "imagenet32": imagenet32,
+    "imagenet": imagenet,
     "camvid": camvid,
     "cityscapes": cityscapes,
-    "digits_private": digits,
-    "cifar10_private": cifar10,
-    "imagenet32_private": imagenet32,
-    "imagenet32_private_v1": imagenet32,
 }
 
+Pair = tuple[ImageSet, ImageSet] | tuple[FileSet, FileSet] | tuple[SegmentationSet, SegmentationSet]
 
-Pair = tuple[ImageSet, ImageSet] | tuple[SegmentationSet, SegmentationSet]
+
+def data_set(recipe: str) -> str:
+    """The data set of a recipe, whose name begins with it: of `imagenet32_private_v1`, `imagenet32`."""
+    return next(name for name in READERS if f"{recipe}_".startswith(f"{name}_"))
 
 
 def load(run: Run) -> Pair:
@@ -33,10 +35,10 @@ def load(run: Run) -> Pair:
 
     Raises `KNPortError` for a missing or damaged file: which one, what was expected, how to get it.
     """
-    train, test = READERS[run.recipe](run.data_dir)
+    train, test = READERS[data_set(run.recipe)](run.data_dir)
     return train.select(run.subset.classes, run.subset.train_images), test.select(
         run.subset.classes, run.subset.test_images
     )
 
 
-__all__ = ["READERS", "FileSet", "ImageSet", "Pair", "SegmentationSet", "imagenet", "load"]
+__all__ = ["READERS", "FileSet", "ImageSet", "Pair", "SegmentationSet", "data_set", "load"]

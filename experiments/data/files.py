@@ -42,6 +42,10 @@ class FileSet(Labelled):
     def __len__(self) -> int:
         return len(self.files)
 
+    def to(self, device: torch.device) -> FileSet:
+        """Itself: files are decoded on the CPU, and batches go to the device."""
+        return self
+
     def load(self, row: int) -> tuple[Image.Image, int]:
         """The decoded RGB image and its label. Raises `KNPortError` for a damaged file."""
         return read_rgb(self.files[row]), int(self.labels[row])
