@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import stat
-import subprocess
-import sys
 import warnings
 from itertools import chain
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_resume import at_step, contents, crash, wait_for_checkpoint
+from processes import Processes, needs_fork, run_two
+from safetensors.torch import load_file, save_file
+from test_resume import at_step, contents, crash, wait_for_step
 from test_train import TinyKN
 
 from experiments.budget import Budget, default_delta
@@ -367,22 +364,12 @@ def test_an_account_that_does_not_fit_the_step_is_refused():
 
 # Several processes
 
-TWO_PROCESSES = """
-import sys
-from pathlib import Path
 
-import torch
-from accelerate import debug_launcher
-from safetensors.torch import save_file
-
-from experiments.poisson import PoissonFeed
-from experiments.private_loop import PrivateLoop
-from experiments.run import resolve
-from experiments.train import train
-
-
-def work(folder, settings):
-    torch.set_num_threads(1)
+@needs_fork
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_two_processes_do_what_one_does(tmp_path, monkeypatch, without_dropout, mode):
+    """With dropout 0, which is drawn by process: the same draws, noise, account and weights; nothing halved."""
+    settings = {"epsilon": 8.0, "physical_batch_size": 3, "batch_size": 15, "epochs": 1, "steps": 6, "dp_mode": mode}
     close = PrivateLoop.close
 
     def also_save(loop):
@@ -390,81 +377,46 @@ def work(folder, settings):
         save_file({name: value.contiguous() for name, value in loop.state.net.state_dict().items()}, path)
         close(loop)
 
-    PrivateLoop.close = also_save
-    train(resolve("digits", run_dir=f"{folder}/images", processes=2, **settings), quiet=True)
-    PoissonFeed.rows = lambda feed, step: []
-    train(resolve("digits", run_dir=f"{folder}/noise", processes=2, **settings), quiet=True)
-
-
-debug_launcher(work, (sys.argv[1], eval(sys.argv[2])), num_processes=2)
-"""
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="on GPUs processes need one each")
-@pytest.mark.parametrize("mode", ["hooks", pytest.param("ghost", marks=pytest.mark.slow)])
-def test_two_processes_do_what_one_does(tmp_path, monkeypatch, mode):
-    """With dropout 0, which is drawn by process: the same draws, noise, account and weights; nothing halved."""
-    monkeypatch.undo()
-    settings = {"norm": "kernel", "dropout": 0.0, "epsilon": 8.0, "privacy_seed": 7, "physical_batch_size": 3}
-    settings |= {"batch_size": 15, "steps": 6, "train_images": 64, "test_images": 50, "dp_mode": mode}
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), repr(settings)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one = {"images": tmp_path / "one", "noise": tmp_path / "one noise"}
-    train(resolve("digits", run_dir=str(one["images"]), **settings), quiet=True)
-    monkeypatch.setattr(PoissonFeed, "rows", lambda feed, step: [])
-    train(resolve("digits", run_dir=str(one["noise"]), **settings), quiet=True)
+    monkeypatch.setattr(PrivateLoop, "close", also_save)
     for name in ("images", "noise"):
+        run_two(lambda name=name: train(tiny(tmp_path / name, **settings), quiet=True), tmp_path / "processes")
+        train(tiny(tmp_path / f"one {name}", **settings), quiet=True)
         ranks = [load_file(tmp_path / name / f"rank{rank}.safetensors") for rank in (0, 1)]
         assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
-        two, alone = weights(tmp_path / name), weights(one[name])
+        two, alone = weights(tmp_path / name), weights(tmp_path / f"one {name}")
         torch.testing.assert_close(two, alone, rtol=0, atol=1e-5)
         assert stored(tmp_path / name)["environment"]["processes"] == 2
-        assert stored(tmp_path / name)["privacy"] == stored(one[name])["privacy"]
-    assert stored(one["images"])["privacy"]["steps"] == 6
+        assert stored(tmp_path / name)["privacy"] == stored(tmp_path / f"one {name}")["privacy"]
+        assert stored(tmp_path / name)["privacy"]["steps"] == 6
+        monkeypatch.setattr(PoissonFeed, "rows", lambda feed, step: [])  # and once more with nothing but noise
 
 
-def command(processes: int, folder: Path) -> list[str]:
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"] if processes == 2 else []
-    settings = ["--norm", "kernel", "--epsilon", "4", "--batch-size", "16", "--epochs", "20"]
-    settings += ["--train-images", "80", "--test-images", "50", "--checkpoint-every", "7"]
-    return [sys.executable, "-m", *launch, "experiments", "train", "digits", *settings, "--run-dir", str(folder)]
-
-
-def start(words: list[str]) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **pipes)
-
-
-def start_and_kill(processes: int, folder: Path, number: int) -> None:
-    """Kill a run in mid-epoch, once it has written a further checkpoint."""
-    process = start(command(processes, folder))
-    wait_for_checkpoint(process, folder)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
-    for worker in workers if number == signal.SIGKILL else ():
-        worker.kill()
-    process.communicate(timeout=120)
-    assert stored(folder)["status"] == "running"
-    assert (folder / "privacy.key").exists()
-
-
-@pytest.mark.slow
+@needs_fork
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_command_survives_kill_9_and_sigterm(tmp_path, processes):
+def test_kill_9_and_sigterm(tmp_path, processes):
+    """With a key of its own, as in earnest; the second folder gets the same."""
+    settings = {"epsilon": 4.0, "epochs": 20, "privacy_seed": None}
+
+    def work(name: str) -> None:
+        train(tiny(tmp_path / name, **settings), quiet=True)
+
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "privacy.key").write_text("ab" * 32)
-    start_and_kill(processes, tmp_path / "killed", signal.SIGKILL)
-    start_and_kill(processes, tmp_path / "killed", signal.SIGTERM)
+    for step, number in ((20, signal.SIGKILL), (40, signal.SIGTERM)):
+        with Processes(lambda: work("killed"), tmp_path / "processes", processes) as killed:
+            wait_for_step(killed, tmp_path / "killed", step)
+            killed.kill(number)
+            assert killed.wait() == [{signal.SIGKILL: -9, signal.SIGTERM: 143}[number]] * processes, killed.said()
+        assert stored(tmp_path / "killed")["status"] == "running"
+        assert (tmp_path / "killed" / "privacy.key").exists()
     for name in ("killed", "whole"):
-        process = start(command(processes, tmp_path / name))
-        said = process.communicate(timeout=240)[0]
-        assert process.returncode == 0, said
+        with Processes(lambda name=name: work(name), tmp_path / "processes", processes) as again:
+            assert again.wait() == [0] * processes, again.said()
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     account = stored(tmp_path / "killed")["privacy"]
     assert account == stored(tmp_path / "whole")["privacy"]
-    assert account["steps"] == 100
+    assert account["steps"] == 80
     assert 3.9 < account["epsilon"] <= 4
     assert not (tmp_path / "killed" / "privacy.key").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from processes import Processes, needs_fork, run_two
 from safetensors.torch import load_file
 from torch import nn
 
@@ -115,23 +117,24 @@ def test_the_bits_do_not_depend_on_a_crash(tmp_path, monkeypatch, steps, setting
     assert contents(tmp_path / "crashed") == contents(tmp_path / "whole")
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="a forked process cannot use the GPU; see the slow tests")
-def test_kill_9_in_mid_epoch(tmp_path):
-    settings = {"epochs": 40, "ema": 0.9}
-    child = os.fork()
-    if child == 0:
-        try:
-            train(tiny(tmp_path / "killed", **settings), quiet=True)
-        finally:
-            os._exit(0)
-    while saved_step(tmp_path / "killed") < 12:
+def wait_for_step(processes: Processes, folder: Path, step: int) -> None:
+    """Until that step has been saved, or the processes have ended."""
+    deadline = time.monotonic() + 60
+    while saved_step(folder) < step and not processes.ended():
+        assert time.monotonic() < deadline, processes.said()
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@needs_fork
+def test_kill_9_at_a_random_step(tmp_path):
+    settings, step = {"epochs": 40, "ema": 0.9}, random.SystemRandom().randrange(3, 190)
+    with Processes(lambda: train(tiny(tmp_path / "killed", **settings), quiet=True), tmp_path / "processes") as killed:
+        wait_for_step(killed, tmp_path / "killed", step)
+        killed.kill(signal.SIGKILL)
+        assert killed.wait()[0] in (-signal.SIGKILL, 0), killed.said()
     train(tiny(tmp_path / "killed", **settings), quiet=True)
     train(tiny(tmp_path / "whole", **settings), quiet=True)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole"), step
 
 
 @pytest.mark.parametrize("step", [2, 5, 20])
@@ -267,6 +270,9 @@ def test_two_trainings_in_one_folder(tmp_path, monkeypatch):
     assert caught
 
 
+# The commands, as users start them
+
+
 FLAGS = {
     "--norm": "group",
     "--batch-size": "4",
@@ -296,7 +302,7 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
     deadline = time.monotonic() + 120
     before = saved_step(folder)
     while saved_step(folder) <= before:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate(timeout=60)[0]
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -311,42 +317,49 @@ def finish(command: tuple[str, ...], folder: Path) -> str:
 def interrupt(command: tuple[str, ...], folder: Path, number: int) -> tuple[int, str]:
     """Start, and send the signal in mid-run to the process that was started; its exit code and its words."""
     process = start(command, folder)
-    wait_for_checkpoint(process, folder)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
-    if number == signal.SIGKILL:  # kills the launcher before it could end its workers
-        for worker in workers:
-            worker.kill()
-    said = process.communicate(timeout=120)[0]
+    try:
+        wait_for_checkpoint(process, folder)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        if number == signal.SIGKILL:  # kills the launcher before it could end its workers
+            for worker in workers:
+                worker.kill()
+        said = process.communicate(timeout=120)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
     return process.returncode, said
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict[str, object]:
-    """What the command makes when nobody interrupts it."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    finish(ONE, folder)
+def whole(folder: Path) -> dict[str, object]:
+    """What the command makes when nobody interrupts it: the same settings in this process, or in two forked ones."""
+    settings = {flag[2:].replace("-", "_"): int(value) if value.isdigit() else value for flag, value in FLAGS.items()}
+    train(resolve("digits", **settings, run_dir=str(folder)), quiet=True)
     return contents(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_command_survives_a_signal(tmp_path, whole, number, code):
-    found, said = interrupt(ONE, tmp_path / "run", number)
-    assert found == code
-    assert ("stopped at step" in said) == (number != signal.SIGKILL)
-    assert "Traceback" not in said
+def test_the_command_survives_every_signal(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the recipe's own network
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        found, said = interrupt(ONE, tmp_path / "run", number)
+        assert found == code, said
+        assert ("stopped at step" in said) == (number != signal.SIGKILL)
+        assert "Traceback" not in said
     assert "going on from step" in finish(ONE, tmp_path / "run")
-    assert contents(tmp_path / "run") == whole
+    assert contents(tmp_path / "run") == whole(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_two_processes_survive_kill_9_and_sigterm(tmp_path):
+@needs_fork
+def test_two_processes_survive_kill_9_and_sigterm(tmp_path, monkeypatch):
+    monkeypatch.undo()
     interrupt(TWO, tmp_path / "run", signal.SIGKILL)
-    _, said = interrupt(TWO, tmp_path / "run", signal.SIGTERM)
+    code, said = interrupt(TWO, tmp_path / "run", signal.SIGTERM)
+    assert code == 1, "the launcher's own"
     assert "stopped at step" in said
     assert "going on from step" in finish(TWO, tmp_path / "run")
-    finish(TWO, tmp_path / "whole")
-    assert json.loads((tmp_path / "whole" / "run.json").read_text())["environment"]["processes"] == 2
+    run_two(lambda: whole(tmp_path / "whole"), tmp_path / "processes")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["environment"]["processes"] == 2
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")

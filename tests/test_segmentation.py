@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from picture_files import write_camvid, write_cityscapes, write_tiny_imagenet
 from PIL import Image
+from processes import Processes, needs_fork, run_two
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, jaccard_score
-from test_resume import at_step, contents, crash, saved_step
+from test_resume import at_step, contents, crash, wait_for_step
 from torch import nn
 
 import knport
@@ -239,22 +236,23 @@ def test_the_bits_do_not_depend_on_a_crash(tmp_path, monkeypatch, tiny_net, sett
     assert contents(tmp_path / "crashed") == contents(tmp_path / "whole")
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="a forked process cannot use the GPU")
-def test_kill_9_in_mid_epoch(tmp_path, tiny_net):
+@needs_fork
+@pytest.mark.parametrize("count", [1, 2])
+def test_kill_9_at_a_random_step(tmp_path, tiny_net, count):
     write_camvid(tmp_path / "data")
-    child = os.fork()
-    if child == 0:
-        try:
-            train(tiny(tmp_path, "killed", epochs=30), quiet=True)
-        finally:
-            os._exit(0)
-    while saved_step(tmp_path / "killed") < 8:
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    train(tiny(tmp_path, "killed", epochs=30), quiet=True)
-    train(tiny(tmp_path, "whole", epochs=30), quiet=True)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    step = random.SystemRandom().randrange(2, 60)
+
+    def work(name: str) -> None:
+        train(tiny(tmp_path, name, epochs=30), quiet=True)
+
+    with Processes(lambda: work("killed"), tmp_path / "processes", count) as killed:
+        wait_for_step(killed, tmp_path / "killed", step)
+        killed.kill(signal.SIGKILL)
+        assert set(killed.wait()) <= {-signal.SIGKILL, 0}, killed.said()
+    for name in ("killed", "whole"):
+        with Processes(lambda name=name: work(name), tmp_path / "processes", count) as again:
+            assert again.wait() == [0] * count, again.said()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole"), step
 
 
 def test_evaluation_counts_every_pixel_once(tmp_path):
@@ -292,7 +290,7 @@ def test_whole_images_of_one_size_without_augmentation(tmp_path, tiny_net):
 def test_cityscapes_with_its_networks(tmp_path, model):
     write_cityscapes(tmp_path / "data")
     run = tiny(tmp_path, recipe="cityscapes", model=model, steps=1, crop_width=16)
-    assert (run.class_weights, run.sync_batchnorm) == (True, model == "fcn_resnet18")
+    assert (run.segmentation.class_weights, run.segmentation.sync_batchnorm) == (True, model == "fcn_resnet18")
     result = train(run, quiet=True)
     assert result["steps"] == 1 and 0 <= result["miou"] <= 100
 
@@ -360,31 +358,10 @@ def test_fcns_take_other_norms(norm):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
-def two_processes(folder):
-    """What each of two processes does; a process that has trained alone cannot become one of two."""
-    import experiments.train
-
-    torch.set_num_threads(1)
-    experiments.train.build = lambda *args, num_classes, **kwargs: TinyNet(num_classes, 0.0)
-    train(tiny(folder, "two", processes=2), quiet=True)
-
-
-START_TWO = """
-import sys
-from pathlib import Path
-from accelerate import debug_launcher
-sys.path.insert(0, sys.argv[1])
-from test_segmentation import two_processes
-debug_launcher(two_processes, (Path(sys.argv[2]),), num_processes=2)
-"""
-
-
-@pytest.mark.slow
+@needs_fork
 def test_two_processes_train_as_one(tmp_path, plain_net):
     write_camvid(tmp_path / "data")
-    command = [sys.executable, "-c", START_TWO, str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_two(lambda: train(tiny(tmp_path, "two", processes=2), quiet=True), tmp_path / "processes")
     train(tiny(tmp_path, "one"), quiet=True)
     one, two = (np.genfromtxt(tmp_path / name / "log.csv", delimiter=",", names=True) for name in ("one", "two"))
     for column in ("train_loss", "test_loss", "miou", "pixel_accuracy"):

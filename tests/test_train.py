@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -261,30 +258,3 @@ def test_evaluation_counts_every_image_once(count):
     assert found["test_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     order = logits.argsort(1, descending=True)[:, :5]
     assert found["top5"] == pytest.approx(100 * (order == labels[:, None]).any(1).double().mean().item())
-
-
-TWO_PROCESSES = """
-import sys
-from accelerate import debug_launcher
-from experiments.run import resolve
-from experiments.train import train
-
-def work(folder, settings):
-    train(resolve("digits", run_dir=folder, processes=2, **settings))
-
-debug_launcher(work, (sys.argv[1], eval(sys.argv[2])), num_processes=2)
-"""
-
-
-def test_two_processes_give_the_curve_of_one(tmp_path):
-    settings = {"norm": "group", "batch_size": 16, "epochs": 3, "train_images": 64, "test_images": 51, "accumulate": 2}
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "two"), repr(settings)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("top-1") == 3  # one process speaks
-    train(resolve("digits", run_dir=str(tmp_path / "one"), **settings), quiet=True)
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["environment"]["processes"] == 2
-    one, two = (rows(tmp_path / name, "losses.csv") for name in ("one", "two"))
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=1e-5, rtol=1e-4)
-    assert [row["top1"] for row in rows(tmp_path / "two")] == [row["top1"] for row in rows(tmp_path / "one")]
