@@ -25,7 +25,7 @@ COMMANDS = {
     "submit": "send a grid of runs to Slurm as one array of jobs",
     "report": "write report.html, report.md and results.csv for a folder of runs",
     "sweep": "convert every network of torchvision and timm's families, and check the promises",
-    "list": "the recipes, norms and models that can be named",
+    "list": "recipes, norms, models, and the papers' tables as commands",
 }
 PROG = "python -m experiments"
 RUN_DIR = ("--run-dir", "--run_dir")
@@ -88,24 +88,19 @@ def _train(args: list[str]) -> None:
 
 
 def _list(args: list[str]) -> None:
-    """Print every recipe, norm and model whose name contains the given text."""
+    """Print what can be named, and the papers' tables as commands, where it contains the given text."""
 
-    def parse(contains: tyro.conf.Positional[str] = "") -> str:
-        """Print the recipes, norms and models that can be named.
+    def parse(*words: tyro.conf.Positional[str]) -> tuple[str, ...]:
+        """Print recipes, norms, models, and the rows of the papers' tables with the commands that run them.
 
         Args:
-            contains: only names with this text in them.
+            words: recipes, norms, models or tables for these alone; other words for what contains them all.
         """
-        return contains
+        return words
 
-    contains = tyro.cli(parse, args=args, prog=f"{PROG} list")
+    from experiments.listing import listing
 
-    from experiments.models import NORMS, list_models
-    from experiments.recipes import RECIPES
-
-    for kind, names in (("recipes", RECIPES), ("norms", NORMS), ("models", list_models())):
-        found = [name for name in names if contains in name]
-        print(f"{kind} ({len(found)}):", *found, sep="\n  ")
+    print(listing(tyro.cli(parse, args=args, prog=f"{PROG} list")))
 
 
 def _usage() -> str:

@@ -86,8 +86,8 @@ def check_foreign(run: Run, foreign: Mapping[str, str], augments: Sequence[str])
     augment = run.augmentation.augment
     if augment not in augments:
         raise KNPortError(
-            f"augment is {augment!r}, which is for {AUGMENT_FOR[augment]}: {run.recipe} has no use for it, set --augment"
-            f" to one of {', '.join(augments)}"
+            f"augment is {augment!r}, which is for {AUGMENT_FOR[augment]}: {run.recipe} has no use for it, set"
+            f" --augment to one of {', '.join(augments)}"
         )
 
 
