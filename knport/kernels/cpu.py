@@ -8,6 +8,8 @@ Legend: N images, C channels, H x W the input's map, O x P the units, L = O P, R
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -44,16 +46,21 @@ def raw_moments(x: Tensor, order: int) -> Tensor:
     """
     maps = x.new_empty(len(x), order, *x.shape[2:])
     torch.mean(x, 1, keepdim=True, out=maps[:, :1])
-    if order == 2 and as_rows(x) is not None:  # in any other order vector_norm is slow
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        torch.mul(norm, norm, out=maps[:, 1:]).div_(x.shape[1])
-        return maps
-    for part, scratch, moments in _parts(x, maps[:, 1:]):
+    rows = as_rows(x) is not None  # in any other order vector_norm is slow
+    if rows:
+        torch.linalg.vector_norm(x, dim=1, keepdim=True, out=maps[:, 1:2])
+    for part, scratch, moments in _parts(x, maps[:, 1:]) if order == 4 or not rows else ():
         square = torch.mul(part, part, out=scratch)
-        torch.mean(square, 1, keepdim=True, out=moments[:, :1])
+        if rows:
+            torch.linalg.vector_norm(square, dim=1, keepdim=True, out=moments[:, 2:])
+        else:
+            torch.mean(square, 1, keepdim=True, out=moments[:, :1])
+            if order == 4:
+                torch.mean(square * square, 1, keepdim=True, out=moments[:, 2:])
         if order == 4:
-            torch.mean(square * part, 1, keepdim=True, out=moments[:, 1:2])
-            torch.mean(square.mul_(square), 1, keepdim=True, out=moments[:, 2:])
+            torch.mean(square.mul_(part), 1, keepdim=True, out=moments[:, 1:2])
+    if rows:
+        maps[:, 1::2].square_().div_(x.shape[1])
     return maps
 
 
@@ -85,7 +92,7 @@ def scale_and_shift(
     *,
     inplace: bool = False,
 ) -> Tensor:
-    """convolved rstd - rstd sum_r offset_r vectors_r + bias.
+    """(convolved - sum_r offset_r vectors_r) rstd + bias.
 
     Args:
         convolved: (N, C, O, P).
@@ -94,25 +101,15 @@ def scale_and_shift(
         bias: (C,) or None.
         inplace: overwrite `convolved`.
     """
-    y = convolved.mul_(rstd) if inplace else convolved * rstd
-    if offset is None:
-        return y if bias is None else y.add_(_per_channel(bias, y))
-    maps = offset * -rstd
-    if bias is not None:
-        maps, vectors = torch.cat([maps, torch.ones_like(rstd)], 1), torch.cat([vectors, bias[None]])
-    return add_products(y, maps, vectors)
-
-
-def add_products(y: Tensor, maps: Tensor, vectors: Tensor) -> Tensor:
-    """y += sum_r maps_r vectors_r in place: y (N, C, O, P), maps (N, R, O, P), vectors (R, C)."""
-    if (rows := as_rows(y)) is not None:
-        rows.addmm_(maps.movedim(1, -1).flatten(0, -2), vectors)
-    elif y.is_contiguous():
-        y.flatten(2).baddbmm_(vectors.t().expand(len(y), -1, -1), maps.flatten(2))
+    at = _Flat.of(convolved)
+    y, result = at.all(convolved), at.all(convolved) if inplace else None
+    for map_, vector in zip(offset.split(1, 1), vectors, strict=True) if offset is not None else ():
+        result = y = torch.addcmul(y, at.map(map_), at.vector(vector), value=-1, out=result)
+    if bias is None:
+        result = torch.mul(y, at.map(rstd), out=result)
     else:
-        for r in range(len(vectors)):
-            y.add_(maps[:, r : r + 1] * _per_channel(vectors[r], y))
-    return y
+        result = torch.addcmul(at.vector(bias), y, at.map(rstd), out=result)
+    return at.restored(result, convolved.shape)
 
 
 def scale_and_shift_backward(
@@ -130,29 +127,50 @@ def scale_and_shift_backward(
     # the products lie in the memory of the result, which is overwritten after
     torch.sum(torch.mul(grad, convolved, out=scaled), 1, keepdim=True, out=grad_rstd)
     torch.mul(grad, rstd, out=scaled)
+    grad_bias = grad.sum((0, *range(2, grad.dim()))) if has_bias else None
     if offset is None:
-        return scaled, grad_rstd, None, None, _sum_over_units(grad) if has_bias else None
-    along = over_channels(grad, vectors)
+        return scaled, grad_rstd, None, None, grad_bias
+    at = _Flat.of(grad)
+    along = at.over_channels(grad, vectors)
     grad_rstd -= (offset * along).sum(1, keepdim=True)
-    maps = offset * -rstd
-    sums = over_units(grad, torch.cat([maps, torch.ones_like(rstd)], 1) if has_bias else maps)
-    rank = len(vectors)
-    return scaled, grad_rstd, along.mul_(-rstd), sums[:rank], sums[rank] if has_bias else None
+    return scaled, grad_rstd, along.mul_(-rstd), at.over_units(scaled, offset).neg_(), grad_bias
 
 
-def over_channels(y: Tensor, vectors: Tensor) -> Tensor:
-    """sum_c y_c vectors_rc: y (N, C, O, P), vectors (R, C) -> (N, R, O, P)."""
-    if (rows := as_rows(y)) is not None:
-        maps = (rows @ vectors.t()).view(len(y), *y.shape[2:], -1)
-        return maps.movedim(-1, 1)
-    return torch.matmul(vectors, y.flatten(2)).view(len(y), -1, *y.shape[2:])
+class _Flat(NamedTuple):
+    """How to see (N, C, O, P) as rows of channels, (L, C), in channels-last order, or else as (N, C, L): with fewer
+    dimensions a map or a vector among the factors costs no more than a number."""
 
+    rows: bool
 
-def over_units(y: Tensor, maps: Tensor) -> Tensor:
-    """sum over units of maps_r y_c: y (N, C, O, P), maps (N, R, O, P) -> (R, C)."""
-    if (rows := as_rows(y)) is not None:
-        return maps.movedim(1, -1).flatten(0, -2).t() @ rows
-    return torch.matmul(maps.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
+    @classmethod
+    def of(cls, y: Tensor) -> _Flat:
+        return cls(as_rows(y) is not None)
+
+    def all(self, y: Tensor) -> Tensor:
+        return as_rows(y) if self.rows else y.flatten(2)
+
+    def map(self, y: Tensor) -> Tensor:
+        """(N, 1, O, P), to multiply by."""
+        return y.reshape(-1, 1) if self.rows else y.flatten(2)
+
+    def vector(self, y: Tensor) -> Tensor:
+        """(C,), to multiply by."""
+        return y if self.rows else y[:, None]
+
+    def restored(self, y: Tensor, shape) -> Tensor:
+        return y.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if self.rows else y.view(shape)
+
+    def over_channels(self, y: Tensor, vectors: Tensor) -> Tensor:
+        """sum_c y_c vectors_rc: y (N, C, O, P), vectors (R, C) -> (N, R, O, P)."""
+        if self.rows:
+            return (as_rows(y) @ vectors.t()).view(len(y), *y.shape[2:], -1).movedim(-1, 1)
+        return torch.matmul(vectors, y.flatten(2)).view(len(y), -1, *y.shape[2:])
+
+    def over_units(self, y: Tensor, maps: Tensor) -> Tensor:
+        """sum over units of maps_r y_c: y (N, C, O, P), maps (N, R, O, P) -> (R, C)."""
+        if self.rows:
+            return maps.movedim(1, -1).reshape(-1, maps.shape[1]).t() @ as_rows(y)
+        return torch.matmul(maps.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
 
 
 def zero_padded(x: Tensor, pairs: Pairs) -> Tensor:
@@ -177,20 +195,14 @@ def add_input_gradient(grad: Tensor, x: Tensor, constant: Tensor, slope: Tensor)
     """
     if grad.stride() != x.stride():
         return (x * slope).add_(constant).add_(grad)
-    for part, scratch, *maps, total in _parts(x, constant, slope, grad):
-        total.add_(torch.mul(part, maps[1], out=scratch)).add_(maps[0])
-    return grad
+    at = _Flat.of(x)
+    if not at.rows and not x.is_contiguous():
+        return grad.add_(x * slope).add_(constant)
+    at.all(grad).addcmul_(at.all(x), at.map(slope))
+    return grad.add_(constant)
 
 
 def as_rows(y: Tensor) -> Tensor | None:
     """(N, C, O, P) in channels-last order as a matrix (N O P, C) over the same memory; None for any other order."""
     rows = y.movedim(1, -1)
     return rows.view(-1, y.shape[1]) if rows.is_contiguous() else None
-
-
-def _sum_over_units(y: Tensor) -> Tensor:
-    return y.sum((0, *range(2, y.dim())))
-
-
-def _per_channel(vector: Tensor, y: Tensor) -> Tensor:
-    return vector.view(-1, *(1,) * (y.dim() - 2))  # (C,) -> (C, 1, 1)

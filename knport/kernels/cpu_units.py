@@ -18,6 +18,7 @@ from torch import Tensor
 
 from knport.geometry import Box
 from knport.kernels import cpu
+from knport.kernels.cpu_box import box_mean, box_mean_backward
 from knport.kernels.eager import Draw, draw, reciprocal_sd
 
 
@@ -34,8 +35,10 @@ class Units(NamedTuple):
     groups: int = 1
 
 
-# mu^2 beyond this share of E[u^2] is |mu| > 8 SD
-TAME = 1 - 1 / 65
+# E[u^2] beyond this many variances is |mu| > 8 SD.
+TAME = 65
+# Of E[u^2] short of that by this much, the variance is known to the last digit, and 1 / sqrt(var + eps) as well.
+PLAIN = 1e-3
 
 
 class Statistics(NamedTuple):
@@ -60,7 +63,7 @@ class Drawn(NamedTuple):
     moved: Tensor
     """mu' - mu"""
     ratio: Tensor
-    """The derivative of `moved` by m_2."""
+    """Twice the derivative of `moved` by m_2."""
     bounded: Tensor
     """Whether var' is (mu' - mu)^2."""
 
@@ -96,66 +99,70 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     drawing = p > 0 and how.dropout_form == "moments"
     order = 4 if drawing else 2
     maps = cpu.raw_moments(x, order)
-    pooled = how.window.mean(maps)
-    tame = not bool((pooled[:, :1].square() > TAME * pooled[:, 1:2]).any())
-    if not tame:
+    mean, second, *higher = box_mean(how.window, maps).split(1, 1)
+    var = torch.addcmul(second, mean, mean, value=-1)
+    excess = torch.sub(second, var, alpha=TAME).max().item()
+    if excess > 0:
         maps = cpu.careful_moments(x, order)
-        pooled = how.window.mean(maps)
-    mean, second, *higher = pooled.split(1, 1)
-    var = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0).float()
-    mean, second, *higher = (m.float() for m in (mean, second, *higher))
-    own_mean = mean if how.kernel == how.window else how.kernel.mean(maps[:, :1]).float()
+        mean, second, *higher = box_mean(how.window, maps).split(1, 1)
+        var = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0)
+    own_mean = mean if how.kernel == how.window else box_mean(how.kernel, maps[:, :1])
     few = n_weights is not None and n_weights < x.numel() and not drawing
-    centred = n_weights is not None and (few or not tame)
+    centred = n_weights is not None and (few or excess > 0)
     if drawing:
-        drawn = draw(second, *higher, p, n)
-        return _dropped(mean, var, second, own_mean, centred, drawn, how)
+        return _dropped(mean, own_mean, second, draw(second, *higher, p, n), centred, how)
     scale = (1 - p / n) / (1 - p)
     if p:
-        var = (scale * var).addcmul_(mean, mean, value=scale - 1)  # scale m_2 - mu^2
-    rstd = reciprocal_sd(own_mean, var, how.eps)
-    mean = mean.clone()  # not the view of all moments, which would be kept with it
-    offset = mean if not centred else None if how.kernel == how.window else mean - own_mean
-    return Statistics(mean, rstd, offset, centred, scale, None)
+        var = var.mul_(scale).addcmul_(mean, mean, value=scale - 1)  # scale m_2 - mu^2
+    plain = excess < -PLAIN
+    rstd = var.add_(how.eps).rsqrt_() if plain else reciprocal_sd(own_mean.float(), var.float().clamp_min_(0), how.eps)
+    kept_mean = mean.to(torch.float32, copy=True)  # `mean` is a view of all moments, which would be kept with it
+    offset = kept_mean if not centred else None if own_mean is mean else (mean - own_mean).float()
+    return Statistics(kept_mean, rstd, offset, centred, scale, None)
 
 
-def _dropped(mean, var, second, own_mean, centred: bool, drawn: Draw, how: Units) -> Statistics:
+def _dropped(mean: Tensor, own_mean: Tensor, second: Tensor, drawn: Draw, centred: bool, how: Units) -> Statistics:
     shift, scale = drawn
-    root = second.sqrt()
-    moved = root * shift
-    # scale m_2 - mu'^2, sorted so that nothing large cancels
-    var = (scale * var).addcmul_(scale - 1, mean * mean).addcmul_(torch.add(moved, mean, alpha=2), moved, value=-1)
+    moved = second.sqrt() * shift
+    dropped = mean + moved
+    var = (scale * second).addcmul_(dropped, dropped, value=-1)
     floor = moved * moved
     bounded = var <= floor
-    rstd = reciprocal_sd(own_mean, torch.maximum(var, floor), how.eps)
-    ratio = shift.div(root.clamp_min_(torch.finfo(torch.float32).tiny)).mul_(0.5)
-    dropped = mean + moved
+    rstd = reciprocal_sd(own_mean.float(), torch.maximum(var, floor).float(), how.eps)
+    ratio = moved / second.clamp_min(torch.finfo(second.dtype).tiny)
     offset = dropped if not centred else moved if own_mean is mean else dropped - own_mean
-    return Statistics(dropped, rstd, offset, centred, scale, Drawn(shift, moved, ratio, bounded))
+    maps = dropped, rstd, offset, scale, shift, moved, ratio
+    dropped, rstd, offset, scale, *rest = (m.float() for m in maps)
+    return Statistics(dropped, rstd, offset, centred, scale, Drawn(*rest, bounded))
 
 
 def statistics_backward(
     x: Tensor, of_units: Statistics, grad_rstd: Tensor, grad_offset: Tensor | None, how: Units
 ) -> tuple[Tensor, Tensor]:
-    """dL/dx by way of the statistics is constant + slope x; both (N, 1, H, W). Overwrites grad_rstd."""
+    """dL/dx by way of the statistics is constant + slope x; both (N, 1, H, W). Overwrites grad_rstd.
+
+    On the way, with d = dL/dvar' where var' is not bounded, and of constant and slope the share of every pixel of a
+    unit, without 1 / n: dL/dmu' - 2 mu' d, and 2 dL/dm_2.
+    """
     mean, rstd, _, centred, scale, drawn = of_units
-    grad_var = grad_rstd.mul_(rstd).mul_(rstd * rstd).mul_(-0.5)
-    free = grad_var.masked_fill(drawn.bounded, 0) if drawn else grad_var
-    grad_mean = (mean * free).mul_(-2)
+    minus_twice = grad_rstd.mul_(rstd).mul_(rstd).mul_(rstd)  # -2 dL/dvar', bounded or not
+    free = minus_twice.masked_fill(drawn.bounded, 0) if drawn else minus_twice
+    maps = mean.new_empty(len(mean), 2, *mean.shape[2:])
+    constant, slope = maps.split(1, 1)
+    torch.mul(mean, free, out=constant)
     if grad_offset is not None:
-        grad_mean += grad_offset
-    grad_second = scale * free
+        constant.add_(grad_offset)
+    torch.mul(free, scale, out=slope).neg_()
     if drawn:
-        grad_moved = grad_mean.addcmul(drawn.moved, grad_var - free, value=2)
-        grad_second.addcmul_(grad_moved, drawn.ratio)
+        grad_moved = torch.addcmul(constant, drawn.moved, minus_twice.sub_(free), value=-1)
+        slope.addcmul_(grad_moved, drawn.ratio)
     size = x.shape[2:]
     centred = centred and grad_offset is not None
     if centred and how.kernel == how.window:
-        grad_mean = grad_mean - grad_offset
-    maps = torch.cat([grad_mean, grad_second.mul_(2)], 1).div_(x.shape[1])
-    constant, slope = how.window.mean_backward(maps, size).split(1, 1)
+        constant.sub_(grad_offset)
+    constant, slope = box_mean_backward(how.window, maps.div_(x.shape[1]), size).split(1, 1)
     if centred and how.kernel != how.window:
-        constant = constant - how.kernel.mean_backward(grad_offset / x.shape[1], size)
+        constant = constant - box_mean_backward(how.kernel, grad_offset / x.shape[1], size)
     return constant, slope
 
 

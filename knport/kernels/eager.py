@@ -87,12 +87,13 @@ def draw(second: Tensor, third: Tensor, fourth: Tensor, p: float, n: int) -> Dra
     second, third, fourth = second.detach(), third.detach(), fourth.detach()
     keep, q = 1 - p, p / ((1 - p) * n)
     # Drawn in float32 whatever the maps are in, so that every form of the layer draws the same from the same seed.
-    noise, other = torch.randn(2, *second.shape, device=second.device).to(second.dtype).unbind()
-    shift = math.sqrt(q) * noise
-    per_second = second.clamp_min(torch.finfo(second.dtype).tiny).reciprocal()
-    slope = third * per_second  # of m_2' against mu'
-    rest = torch.addcmul(fourth, slope, third, value=-1).clamp_min(0).sqrt() * (math.sqrt(q) * other) * per_second
-    return Draw(shift, (1 + slope * per_second.sqrt() * shift + rest) / keep)
+    noise = torch.randn(2, *second.shape, device=second.device).to(second.dtype) * math.sqrt(q)
+    shift, other = noise.unbind()
+    per_root = second.clamp_min(torch.finfo(second.dtype).tiny).rsqrt()
+    slope = third * per_root  # of m_2' against mu', times sqrt(m_2)
+    rest = torch.addcmul(fourth, slope, slope, value=-1).clamp_min(0).sqrt()
+    moved = torch.addcmul(slope * shift, rest, other) * per_root * per_root
+    return Draw(shift, moved.add(1).div(keep))
 
 
 def drawn_statistics(mean: Tensor, var: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:
