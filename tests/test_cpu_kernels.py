@@ -8,7 +8,7 @@ from test_functional import GEOMETRIES, arguments
 
 from knport import functional
 from knport.geometry import Box, pad
-from knport.kernels import cpu
+from knport.kernels import cpu, cpu_box
 from knport.kernels.cpu_units import Units, statistics
 
 ZERO_PADDED = [name for name, geometry in GEOMETRIES.items() if geometry[7] == "zeros"]
@@ -253,6 +253,8 @@ def test_box_is_a_mean_and_its_transpose(k, stride, dilation, padding):
     cotangent = torch.randn_like(ours)
     back = box.mean_backward(cotangent, maps.shape[2:])
     assert torch.isclose((ours * cotangent).sum(), (back * maps).sum()) and back.shape == maps.shape
+    narrow = cpu_box.box_mean(box, maps.float()), cpu_box.box_mean_backward(box, cotangent.float(), maps.shape[2:])
+    torch.testing.assert_close(narrow, (ours.float(), back.float()))
 
 
 @pytest.mark.parametrize("reason", ["float64", "padding mode", "mask", "few entries", "autocast", "transform"])
