@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that all processes of a run agree on at a step boundary."""
+"""SIGTERM, SIGUSR2 and Ctrl-C as a request that all processes of a run agree on at a step boundary."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ import threading
 import torch
 from accelerate import Accelerator
 
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}  # 128 + the signal's number, what schedulers look for
+CAUGHT = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGUSR2"):
+    CAUGHT.append(signal.SIGUSR2)  # what submitit sends before a job's time limit
 
 
 class TrainingStopped(SystemExit):
     """The run was asked to stop and has saved. A `SystemExit`, so that loops over runs do not swallow it.
 
     Args:
-        number: the signal's number; the exit code is 143 for SIGTERM and 130 for Ctrl-C.
+        number: the signal's number; the exit code is 128 more, as schedulers expect: 143 for SIGTERM, 130 for Ctrl-C.
     """
 
     def __init__(self, number: int):
-        super().__init__(EXIT_CODES.get(signal.Signals(number), 128 + number))
+        self.number = number
+        super().__init__(128 + number)
 
 
 class StopRequest:
-    """A context that catches SIGTERM and SIGINT and keeps the first in `received`; a second Ctrl-C interrupts.
+    """A context that catches SIGTERM, SIGINT and SIGUSR2, keeping the first in `received`; a second Ctrl-C interrupts.
 
     Outside the main thread nothing is caught, since Python allows no handlers there.
     """
@@ -32,7 +35,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         main = threading.current_thread() is threading.main_thread()
-        self._before = {number: signal.signal(number, self._note) for number in EXIT_CODES} if main else {}
+        self._before = {number: signal.signal(number, self._note) for number in CAUGHT} if main else {}
         return self
 
     def __exit__(self, *_) -> None:
