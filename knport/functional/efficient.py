@@ -13,6 +13,8 @@ the bias in every precision.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -120,14 +122,9 @@ def kn_conv(
     Returns:
         (N, C_out, O, P), in the dtype that the convolution has here (autocast included).
     """
-    ndim = x.dim() - 2
     kernel_size = tuple(weight.shape[2:])
-    stride, dilation = ntuple(stride, ndim, "stride"), ntuple(dilation, ndim, "dilation")
-    pairs = padding_pairs(padding, kernel_size, stride, dilation)
-    kernel = Box(kernel_size, stride, pairs, dilation)
-    output_size(x.shape[2:], *kernel)  # raises where the kernel does not fit
-    window = _window(kernel, norm_window)
-    how = Units(kernel, window, eps, dropout, dropout_form, padding_mode, groups)
+    how = _units(kernel_size, stride, padding, dilation, norm_window, eps, dropout, dropout_form, padding_mode, groups)
+    output_size(x.shape[2:], *how.kernel)  # raises where the kernel does not fit
     chosen = backend(x, how, weight, bias, statistics_given=statistics is not None).name
     if chosen == "triton":
         from knport.functional import gpu  # and Triton with it
@@ -154,12 +151,30 @@ def kn_conv_statistics(
 
     Arguments as `kn_conv`; `full_mean` is the mean of the unit under the kernel, whatever the window.
     """
-    ndim = x.dim() - 2
-    kernel_size = ntuple(kernel_size, ndim, "kernel_size")
+    kernel_size = ntuple(kernel_size, x.dim() - 2, "kernel_size")
+    how = _units(kernel_size, stride, padding, dilation, norm_window, 0.0, dropout, dropout_form, padding_mode)
+    return _statistics(x, how)
+
+
+def _units(kernel_size: tuple[int, ...], *where_and_how) -> Units:
+    """The arguments of `kn_conv` in one place, looked up where they were seen before: on small layers it shows."""
+    if torch.compiler.is_compiling():
+        return _new_units(kernel_size, *where_and_how)
+    return _known_units(kernel_size, *map(_hashable, where_and_how))
+
+
+def _new_units(kernel_size, stride, padding, dilation, norm_window, eps, dropout, form, mode, groups=1) -> Units:
+    ndim = len(kernel_size)
     stride, dilation = ntuple(stride, ndim, "stride"), ntuple(dilation, ndim, "dilation")
     kernel = Box(kernel_size, stride, padding_pairs(padding, kernel_size, stride, dilation), dilation)
-    how = Units(kernel, _window(kernel, norm_window), 0.0, dropout, dropout_form, padding_mode)
-    return _statistics(x, how)
+    return Units(kernel, _window(kernel, norm_window), eps, dropout, form, mode, groups)
+
+
+_known_units = functools.lru_cache(maxsize=1024)(_new_units)
+
+
+def _hashable(value):
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def _window(kernel: Box, norm_window) -> Box:

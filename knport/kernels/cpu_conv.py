@@ -100,7 +100,7 @@ def _convolve(x: Tensor, weight: Tensor, how: Units) -> Tensor:
     x, padding = _padded(x, how)
     _, stride, _, dilation = how.kernel
     where = (stride, padding, dilation, False, [0] * len(padding), how.groups)
-    return torch.ops.aten.convolution(x, weight, None, *where)
+    return torch.convolution(x, weight, None, *where)
 
 
 def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, how: Units, wanted) -> tuple[Tensor, Tensor]:
