@@ -23,7 +23,9 @@ COMMANDS = {
     "search-lr": "the papers' search: a learning rate, halved until it gets no better",
     "validate": "measure a run's weights, or a model of knport.save, on the test images again",
     "submit": "send a grid of runs to Slurm as one array of jobs",
-    "report": "write report.html, report.md and results.csv for a folder of runs",
+    "report": "write report.html, report.md and results.csv: of folders of runs, or of all that is committed",
+    "activations": "the scale of activations by stage, before and after training, of run folders",
+    "predictions": "what a segmentation run sees, as colour images",
     "sweep": "convert every network of torchvision and timm's families, and check the promises",
     "list": "recipes, norms, models, and the papers' tables as commands",
 }

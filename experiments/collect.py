@@ -42,6 +42,7 @@ def row_of_run(record: Mapping[str, Any]) -> Row:
     run, result, environment = record["run"], record.get("result") or {}, record.get("environment") or {}
     known = {name: run.get(name) for name in ("recipe", "model", "norm", "batch_size", "seed", "epochs", "lr")}
     counts = {name: record.get(name) for name in ("classes", "train_images", "test_images", "parameters")}
+    known["epochs"] = result.get("epochs", known["epochs"])  # of a run by steps, those it came to
     names = ("steps", "train_loss", "test_loss", "seconds", *(name for name in result if name in RESULT_COLUMNS))
     score = next((name.removeprefix("best_") for name in result if name.startswith("best_")), "top1")
     return Row(

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from experiments import data, tables, terminal
+from experiments import activations, data, predictions, tables, terminal
 from experiments.collect import collect, cost_key, read_notes, write_notes
 from experiments.cost import Batch, Network, cost_device, measure
 from experiments.grid import grid, key_of, parse_fields, planned_row
@@ -24,7 +24,8 @@ from experiments.report import report
 from experiments.results import Cost, write
 from experiments.run import Run
 from experiments.run_folder import RunFolder
-from experiments.segmentation import Upsample
+from experiments.saved_run import open_run
+from experiments.segmentation import Segmentation, Upsample
 from experiments.summary import headline
 from experiments.tasks import task_of
 from experiments.train import start_accelerator, train
@@ -114,6 +115,7 @@ def run_grid(runs: Sequence[Run], folder: Path, *, command: str, cost_seconds: f
         _say_plan(runs, finished, folder, len(train_set))
         for number, run in enumerate(runs, 1):
             _run_cell(run, f"[{number}/{len(runs)}] {key_of(run)}", folder, command, quiet, key_of(run) in finished)
+        look_inside(runs)
     except (KeyboardInterrupt, SystemExit):
         say(f"\nStopped. Nothing is lost; to go on:\n  {command}")
         raise
@@ -154,6 +156,26 @@ def _run_cell(run: Run, name: str, folder: Path, command: str, quiet: bool, fini
         write_notes(folder, [planned_row(run, command)], {})
         say(f"{name}: {result[task_of(run).score]:.1f} % in {time.perf_counter() - start:.0f} s")
     write(folder, collect(folder))
+
+
+def look_inside(runs: Sequence[Run]) -> None:
+    """Activation statistics, and of segmentation predictions, of the first finished seed of every network."""
+    first: dict[tuple[str, str, int], Run] = {}
+    for run in runs:
+        if (RunFolder(run).stored() or {}).get("status") == "finished":
+            first.setdefault((run.model, run.norm, run.batch_size), run)
+    for run in first.values():
+        folder = Path(run.run_dir)
+        drawn = task_of(run) is not Segmentation or (folder / predictions.FOLDER).exists()
+        if drawn and (folder / activations.FILE).exists():
+            continue
+        try:
+            saved = open_run(folder)
+            if not drawn:
+                predictions.write(saved)
+            activations.write(folder / activations.FILE, activations.measure(saved))
+        except FAILURES as error:  # of a network that was trained: its row stays
+            say(f"{folder}: no activation statistics, {error}")
 
 
 def _measure_costs(runs: Sequence[Run], folder: Path, train_set: Any, seconds: float) -> None:

@@ -6,54 +6,62 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from experiments import plots, tables
-from experiments.paper_table import SOURCE
-from experiments.privacy_report import Section as Part
-from experiments.published import setting_of
-from experiments.results import Results, Row
-from experiments.summary import Series, batch_sizes_of, headline, main_budget, series_of
-from experiments.tables import Table, Text
+from experiments import page_comparison, plots
+from experiments.comparison import Comparison
+from experiments.page_comparison import commands, measured_on
+from experiments.page_parts import bullets, part, section
+from experiments.paper_report import READING as PAPERS
+from experiments.results import Row
+from experiments.summary import headline, series_of
+from experiments.tables import Section
 
 STYLE = Path(__file__).with_name("page.css")
 LIGHT = {plots.css_name(plots.INK): "#1f2430", plots.css_name(plots.FAINT): "#d5dae3"}
 DARK = {plots.css_name(plots.INK): "#e6e9ef", plots.css_name(plots.FAINT): "#3b424f"}
+__all__ = ["commands", "heading", "html", "machine", "measured_on", "title"]
 
 
-def html(results: Results, reading: Sequence[str], private: Sequence[Part] = ()) -> str:
+def html(
+    comparisons: Sequence[Comparison],
+    reading: Sequence[str],
+    private: Sequence[Section] = (),
+    papers: Sequence[Section] = (),
+) -> str:
     """The page.
 
     Args:
-        results: rows and learning curves.
+        comparisons: rows, learning curves and pictures; one is shown on its own, several under a heading each.
         reading: paragraphs that say how the numbers were made.
         private: what `privacy_report.sections` gives.
+        papers: what `paper_report.sections` gives.
     """
-    if not results.rows:
-        heads = ['<p class="eyebrow">digits</p>', "<h1>Private training</h1>"]
-        return _document("Private training", "\n".join([*heads, *map(_part, private)]))
-    rows = results.rows
-    series, sizes = series_of(rows), batch_sizes_of(rows)
-    networks = len({(s.model, s.norm) for s in series})
-    body = [
-        f'<p class="eyebrow">{escape(title(rows))}</p>',
-        f"<h1>{escape(headline(rows)).replace(' %', '&nbsp;%')}</h1>",
-        f'<p class="lead">{networks} networks, {_runs(rows)}; {escape(machine(rows))}</p>',
-        f"<section><h2>{escape(accuracy_title(series, sizes))}</h2>",
-        f'<div class="panels">{_figure(plots.accuracy_plot(series, sizes), "")}{_chips(series)}</div>',
-        _table(tables.accuracy(rows), series),
-        _list(tables.remarks(rows), "remarks"),
-        "</section>",
-        _curves(results, series, sizes),
-        _section("What a training step costs", _table(tables.costs(rows), series) + _measured_on(rows)),
-        *map(_part, private),
-        _section("Setting", _table(tables.settings(rows)) + _commands(rows)),
-        _section("How to read this", _list([*reading, *_paper_note(rows)], "reading")),
-    ]
-    return _document(title(rows), "\n".join(body))
+    several = len(comparisons) > 1
+    parts = [_head(comparisons), _contents(comparisons, private, papers) if several or papers else ""]
+    for number, one in enumerate(comparisons):
+        parts += [_group(one, number)] if several else [page_comparison.body(one)]
+    if private:
+        text = "\n".join(map(part, private))
+        parts.append(f'<div class="group" id="private"><h2>Private training</h2>\n{text}</div>' if several else text)
+    if papers:
+        intro = f'<p class="lead">{escape(PAPERS)}</p>'
+        parts.append(f'<div class="group" id="papers"><h2>The papers’ tables</h2>{intro}\n{_parts(papers)}</div>')
+    if comparisons:
+        parts.append(section("How to read this", bullets(reading, "reading")))
+    return _document(heading(comparisons), "\n".join(filter(None, parts)))
+
+
+def heading(comparisons: Sequence[Comparison]) -> str:
+    """What the page is about."""
+    if not comparisons:
+        return "Private training"
+    if len(comparisons) == 1:
+        return title(comparisons[0].results.rows)
+    return "Kernel normalization against its rivals: what was measured"
 
 
 def title(rows: Sequence[Row]) -> str:
     """What was compared on what."""
-    models = list(dict.fromkeys(row.model for row in rows))
+    models = list(dict.fromkeys(one.backbone for one in series_of(rows)))
     return f"{' and '.join(dict.fromkeys(row.recipe for row in rows))}: {', '.join(models)} by normalization"
 
 
@@ -64,22 +72,48 @@ def machine(rows: Sequence[Row]) -> str:
     return f"device {', '.join(devices) or 'not recorded'}, torch {', '.join(versions) or 'not recorded'}"
 
 
-def commands(rows: Sequence[Row]) -> list[str]:
-    """The commands that made the rows, each once."""
-    return list(dict.fromkeys(row.command for row in rows if row.command))
+def _head(comparisons: Sequence[Comparison]) -> str:
+    if not comparisons:
+        return '<p class="eyebrow">digits</p>\n<h1>Private training</h1>'
+    if len(comparisons) > 1:
+        runs = [row for one in comparisons for row in one.results.rows]
+        lead = f"{len(comparisons)} comparisons, {_runs(runs)}; made by python -m experiments report"
+        return f'<h1>{escape(heading(comparisons))}</h1>\n<p class="lead">{escape(lead)}</p>'
+    rows = comparisons[0].results.rows
+    return f'<p class="eyebrow">{escape(title(rows))}</p>\n<h1>{_sentence(rows)}</h1>\n{_lead(rows)}'
 
 
-def accuracy_title(series: Sequence[Series], sizes: Sequence[int]) -> str:
-    """What the accuracy picture shows: the change from the largest to the smallest batch size, if epochs are equal."""
-    changes = []
-    for one in series:
-        ends = [one.cells[size] for size in (sizes[0], sizes[-1]) if size in one.cells and one.cells[size].values]
-        if len(ends) == 2 and ends[0].finished[0].epochs == ends[1].finished[0].epochs:
-            changes.append((one, ends[0].mean - ends[1].mean))
-    if len(sizes) < 2 or len(changes) < 2 or len({one.model for one, _ in changes}) > 1:
-        return "Accuracy by batch size"
-    texts = ", ".join(f"{one.label} {change:+.1f}".replace("-", "−") for one, change in changes)
-    return f"From batch size {sizes[-1]} to {sizes[0]}: {texts} points"
+def _group(one: Comparison, number: int) -> str:
+    rows = one.results.rows
+    heads = (
+        f'<p class="eyebrow">{escape(one.name)} · {escape(title(rows))}</p>\n<h2>{_sentence(rows)}</h2>{_lead(rows)}'
+    )
+    return f'<div class="group" id="comparison-{number}">{heads}\n{page_comparison.body(one)}</div>'
+
+
+def _contents(comparisons: Sequence[Comparison], private: Sequence[Section], papers: Sequence[Section]) -> str:
+    links = [(f"comparison-{i}", title(one.results.rows)) for i, one in enumerate(comparisons)]
+    links += [("private", "Private training")] * bool(private) + [("papers", "The papers’ tables")] * bool(papers)
+    items = "".join(f'<li><a href="#{anchor}">{escape(text)}</a></li>' for anchor, text in links)
+    return f'<nav aria-label="contents"><ol>{items}</ol></nav>'
+
+
+def _sentence(rows: Sequence[Row]) -> str:
+    return escape(headline(rows)).replace(" %", "&nbsp;%")
+
+
+def _lead(rows: Sequence[Row]) -> str:
+    networks = len({(one.model, one.norm) for one in series_of(rows)})
+    return f'<p class="lead">{networks} networks, {_runs(rows)}; {escape(machine(rows))}</p>'
+
+
+def _parts(sections: Sequence[Section]) -> str:
+    return "\n".join(map(part, sections))
+
+
+def _runs(rows: Sequence[Row]) -> str:
+    finished, seeds = sum(row.finished for row in rows), len({row.seed for row in rows})
+    return f"{finished} finished runs of {len(rows)}, {seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def _document(name: str, body: str) -> str:
@@ -105,99 +139,3 @@ def _document(name: str, body: str) -> str:
 
 def _variables(values: dict[str, str]) -> str:
     return " ".join(f"{name}: {value};" for name, value in values.items())
-
-
-def _part(part: Part) -> str:
-    pictures = "".join(_figure(svg, "") for svg in part.pictures)
-    commands = "".join(f"<pre>{escape(command)}</pre>" for command in part.commands)
-    content = f'<div class="panels">{pictures}</div>{_table(part.table)}{_list(part.remarks, "remarks")}{commands}'
-    return _section(part.title, content)
-
-
-def _section(name: str, content: str) -> str:
-    return f"<section><h2>{escape(name)}</h2>\n{content}\n</section>"
-
-
-def _curves(results: Results, series: Sequence[Series], sizes: Sequence[int]) -> str:
-    sizes = [size for size in sizes if any(line["batch_size"] == size for line in results.curves)]
-    figures = [_figure(plots.curves_plot(series, results.curves, size), f"batch size {size}") for size in sizes]
-    if not figures:
-        return ""
-    return _section("Accuracy by epoch", f'<div class="panels">{"".join(figures)}</div>')
-
-
-def _figure(svg: str, caption: str) -> str:
-    caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{caption}{svg}</figure>"
-
-
-def _chips(series: Sequence[Series]) -> str:
-    """Mean accuracies in large type beside the picture: the first thing to see."""
-    blocks = []
-    for size in sorted({size for one in series for size in one.cells}):
-        cells = [(one, one.cells[size]) for one in series if size in one.cells and one.cells[size].values]
-        cells.sort(key=lambda pair: -pair[1].mean)
-        main = main_budget(series, size)
-        lines = [
-            f"<li>{_dot(one)}<b>{cell.mean:.1f}{tables.budget_mark(cell, main)}</b>"
-            f"<span>{escape(plots.name_of(one, series))}</span></li>"
-            for one, cell in cells
-        ]
-        blocks.append(f'<div class="chip"><h3>batch size {size}</h3><ol>{"".join(lines)}</ol></div>')
-    return f'<div class="chips">{"".join(blocks)}</div>'
-
-
-def _table(table: Table, series: Sequence[Series] = ()) -> str:
-    dots = {one.label: _dot(one) for one in series}
-    head = "".join(f"<th{_align(table, i)}>{escape(name)}</th>" for i, name in enumerate(table.header))
-    lines = []
-    for row in table.rows:
-        cells = "".join(f"<td{_align(table, i, cell)}>{_cell(cell, dots)}</td>" for i, cell in enumerate(row))
-        lines.append(f"<tr>{cells}</tr>")
-    body = "\n".join(lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-
-
-def _align(table: Table, column: int, cell: Text | None = None) -> str:
-    if column >= table.names:
-        return ' class="number"'
-    return ' class="long"' if cell and len(cell.text) > 30 else ""
-
-
-def _cell(cell: Text, dots: dict[str, str]) -> str:
-    text = f"<strong>{escape(cell.text)}</strong>" if cell.strong else escape(cell.text)
-    quiet = ' class="quiet"' if cell.text in ("not run", "running", "failed") else ""
-    small = f" <small>{escape(cell.small)}</small>" if cell.small else ""
-    return f"<span{quiet}>{dots.get(cell.text, '')}{text}</span>{small}"
-
-
-def _dot(one: Series) -> str:
-    return f'<span class="dot" style="background:var({plots.css_name(plots.style(one)[0])})"></span>'
-
-
-def _list(texts: Sequence[str], kind: str) -> str:
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return f'<ul class="{kind}">{items}</ul>' if texts else ""
-
-
-def _commands(rows: Sequence[Row]) -> str:
-    return "".join(f"<pre>{escape(command)}</pre>" for command in commands(rows))
-
-
-def measured_on(rows: Sequence[Row]) -> str:
-    """Where the times and memory were measured; empty if nowhere."""
-    devices = sorted({row.cost_device for row in rows if row.cost_device})
-    return f"Measured on {', '.join(devices)}." if devices else ""
-
-
-def _measured_on(rows: Sequence[Row]) -> str:
-    return f'<p class="note">{escape(measured_on(rows))}</p>' if measured_on(rows) else ""
-
-
-def _paper_note(rows: Sequence[Row]) -> list[str]:
-    return [f"paper: {SOURCE}; {setting_of(rows[0].recipe)}."] if "paper" in tables.accuracy(rows).header else []
-
-
-def _runs(rows: Sequence[Row]) -> str:
-    finished, seeds = sum(row.finished for row in rows), len({row.seed for row in rows})
-    return f"{finished} finished runs of {len(rows)}, {seeds} seed{'s' if seeds > 1 else ''}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -55,14 +55,21 @@ def themes() -> tuple[dict[str, str], dict[str, str]]:
     return {css_name(s[0]): s[0] for s in styles}, {css_name(s[0]): s[1] for s in styles}
 
 
-def accuracy_plot(series: Sequence[Series], batch_sizes: Sequence[int], *, themed: bool = True) -> str:
+def accuracy_plot(
+    series: Sequence[Series],
+    batch_sizes: Sequence[int],
+    *,
+    main: Mapping[int, tuple] | None = None,
+    themed: bool = True,
+) -> str:
     """SVG: the score against batch size, a line per network, bars of one SD where there are seeds for it.
 
-    Cells of another budget than their column's are left to the table: a line to them would show the budget.
+    Cells of another budget than their column's are left to the table: a line to them would show the budget. `main` is
+    that of each batch size, by default of most of these networks.
     """
     figure, axes = panel()
     labels = []
-    main = {size: main_budget(series, size) for size in batch_sizes}
+    main = main or {size: main_budget(series, size) for size in batch_sizes}
     for number, one in enumerate(series):
         cells = [(size, one.cells[size]) for size in batch_sizes if size in one.cells]
         points = [(size, cell) for size, cell in cells if cell.values and cell.budget == main[size]]
@@ -77,7 +84,7 @@ def accuracy_plot(series: Sequence[Series], batch_sizes: Sequence[int], *, theme
     axes.set_xticks(range(len(batch_sizes)), [str(size) for size in batch_sizes])
     axes.set_xlim(-0.25, len(batch_sizes) - 1 + (0.9 if len(batch_sizes) < 3 else 1.0))
     axes.set_xlabel("batch size")
-    _widen(axes)
+    widen(axes)
     _finish(axes, score_of(series).axis, labels)
     return to_svg(figure, themed)
 
@@ -128,6 +135,7 @@ def panel() -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.margins(y=0.1)
     axes.tick_params(length=0, labelcolor=INK)
+    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     return figure, axes
 
 
@@ -157,13 +165,13 @@ def _finish(axes: Axes, title: str, labels: list[tuple[float, float, str, str]])
     axes.xaxis.label.set_color(INK)
     low, high = axes.get_ylim()
     height = (high - low) * 0.085
-    places = _spread_out([y for _, y, _, _ in labels], height)
+    places = spread_out([y for _, y, _, _ in labels], height)
     right = max((x for x, *_ in labels), default=0)
     for (_, _, name, colour), place in zip(labels, places, strict=True):
         axes.annotate(name, (right, place), xytext=(9, 0), textcoords="offset points", va="center", color=colour)
 
 
-def _widen(axes: Axes) -> None:
+def widen(axes: Axes) -> None:
     """At least `LEAST_SPAN` points of accuracy: a zoom on noise would look like a difference."""
     low, high = axes.get_ylim()
     lack = max(0.0, LEAST_SPAN - (high - low)) / 2
@@ -171,7 +179,7 @@ def _widen(axes: Axes) -> None:
     axes.set_ylim(min(low - lack, top - LEAST_SPAN) if lack else low, top)
 
 
-def _spread_out(heights: Sequence[float], gap: float) -> list[float]:
+def spread_out(heights: Sequence[float], gap: float) -> list[float]:
     """Heights moved as little as needed for neighbours to be at least `gap` apart, in the order given."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     places = [heights[i] for i in order]

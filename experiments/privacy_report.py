@@ -6,12 +6,11 @@ import csv
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from experiments import plots
 from experiments.results import number
 from experiments.summary import NORM_LABELS
-from experiments.tables import Table, Text
+from experiments.tables import Section, Table, Text
 
 ACCURACY_FILE, MEMBERSHIP_FILE = "accuracy.csv", "membership.csv"
 READING = {
@@ -33,16 +32,6 @@ READING = {
 }
 
 
-class Section(NamedTuple):
-    """A part of the report: SVG pictures, a table, remarks in small print and the command."""
-
-    title: str
-    pictures: tuple[str, ...]
-    table: Table
-    remarks: tuple[str, ...]
-    commands: tuple[str, ...]
-
-
 def sections(folder: Path) -> list[Section]:
     """One for each of `accuracy.csv` and `membership.csv` that lies in `folder`."""
     found = []
@@ -55,15 +44,6 @@ def sections(folder: Path) -> list[Section]:
             title, pictures, table = make(rows)
             found.append(Section(title, pictures, table, remarks, tuple(dict.fromkeys(row["command"] for row in rows))))
     return found
-
-
-def markdown(parts: Sequence[Section]) -> list[str]:
-    """The sections as paragraphs of Markdown, without pictures."""
-    texts = []
-    for part in parts:
-        texts += [f"## {part.title}", part.table.markdown(), "\n".join(f"- {text}" for text in part.remarks)]
-        texts += [f"```\n{command}\n```" for command in part.commands]
-    return texts
 
 
 def _accuracy(rows: list[dict[str, str]]) -> tuple[str, tuple[str, ...], Table]:

@@ -84,7 +84,10 @@ def stages(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
     """The last layers, and the containers that hold nothing but pooling, norm and last layer."""
-    heads = model.get_classifier()
+    if hasattr(model, "get_classifier"):
+        heads = model.get_classifier()
+    else:  # of torchvision
+        heads = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     heads = list(heads) if isinstance(heads, tuple | list) else [heads]
     return heads + [child for child in model.children() if any(head in child.children() for head in heads)]
 

@@ -34,6 +34,23 @@ class Table(NamedTuple):
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+class Section(NamedTuple):
+    """A part of the report: SVG pictures, a table, remarks in small print and the commands that made it."""
+
+    title: str
+    pictures: tuple[str, ...]
+    table: Table
+    remarks: tuple[str, ...]
+    commands: tuple[str, ...]
+    lead: str = ""
+    """A sentence before the table."""
+
+    def markdown(self) -> list[str]:
+        """As paragraphs of Markdown, without pictures."""
+        texts = [f"## {self.title}", self.lead, self.table.markdown(), "\n".join(f"- {text}" for text in self.remarks)]
+        return [text for text in texts if text] + [f"```\n{command}\n```" for command in self.commands]
+
+
 def accuracy(rows: Iterable[Row]) -> Table:
     """Networks down, batch sizes across: mean ± SD of the score over seeds, and the paper's value if it has one."""
     rows = list(rows)
@@ -74,13 +91,13 @@ def further(rows: Iterable[Row]) -> Table | None:
     return _without_single_model(Table(header, tuple(lines), names=3))
 
 
-def spread(values: Iterable[float | None]) -> str:
+def spread(values: Iterable[float | None], digits: int = 1) -> str:
     """``41.9 ± 0.4``, without SD for one value, "" for none."""
     values = [value for value in values if value is not None]
     if not values:
         return ""
-    sd = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{sd}"
+    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{sd}"
 
 
 def costs(rows: Iterable[Row]) -> Table:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import __main__ as command_line_interface
+from experiments import activations
 from experiments import compare as comparing
 from experiments import demo as demonstration
 from experiments.collect import collect, read_notes
@@ -127,8 +128,11 @@ def test_grid_runs_reports_and_is_skipped_the_second_time(tmp_path, capsys, monk
     printed = capsys.readouterr().out
     assert "[8/8]" in printed and "batch size 4" in printed and f"Report: {page}" in printed
     assert {path.name for path in page.parent.iterdir() if path.is_file()} == {
-        "results.csv", "curves.csv", "report.md", "report.html", "compare.json",
+        "results.csv", "curves.csv", "activations.csv", "report.md", "report.html", "compare.json",
     }  # fmt: skip
+    stages = activations.read(page.parent / "activations.csv")
+    assert len({stage[:4] for stage in stages}) == 4 and {stage.seed for stage in stages} == {0}
+    assert all(stage.initial_sd > 0 and stage.trained_sd > 0 for stage in stages)
     before = (page.parent / "results.csv").read_text()
     monkeypatch.setattr(comparing, "train", None)
     monkeypatch.setattr(comparing, "measure", None)
