@@ -5,7 +5,7 @@ Learning rates are set by the loop before each step (`experiments.schedule`), th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ NORMS = (
     knport.LocalContextNorm,
     knport.PositionalNorm,
 )
-NUMBER = (bool, int, float)
-SECOND_ORDER = ("adahessian",)  # need gradients of gradients
+COUNTS = ("step", "mu_product")  # of torch: on the CPU, unless fused
+# need gradients of gradients; keep what is neither a tensor nor a number
+UNFIT = ("adahessian", "kron", "kronc", "kronw")
 
 
 def build_optimizer(run: Run, net: nn.Module, *, fused: bool | None = None) -> torch.optim.Optimizer:
@@ -49,7 +50,7 @@ def build_optimizer(run: Run, net: nn.Module, *, fused: bool | None = None) -> t
         return torch.optim.AdamW(groups, lr=run.lr, fused=fused)
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    known = ("sgd", "adamw", *(name for name in list_optimizers() if name not in SECOND_ORDER))
+    known = tuple(name for name in list_optimizers() if name not in UNFIT)
     if settings.optimizer not in known:
         raise UnknownName("optimizer", settings.optimizer, known)
     return create_optimizer_v2(groups, settings.optimizer, lr=run.lr)
@@ -67,20 +68,13 @@ def parameter_groups(net: nn.Module, settings: OptimizationSettings) -> list[dic
 
 
 def numbers(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """What an optimizer remembers beside tensors, for JSON: counts in its groups and beside parameters.
+    """What an optimizer remembers beside its tensors for parameters, for JSON; a list holds the value of a tensor.
 
-    SGD and AdamW of torch have none of it; some of timm count their steps so.
+    SGD and AdamW of torch have nothing of the kind; some of timm count their steps so.
     """
-    groups = [
-        {name: value for name, value in group.items() if name not in ("params", "lr") and isinstance(value, NUMBER)}
-        for group in optimizer.param_groups
-    ]
-    states = {
-        path: found
-        for path, parameter in named
-        if (found := {k: v for k, v in optimizer.state.get(parameter, {}).items() if isinstance(v, NUMBER)})
-    }
-    return {"groups": groups, "state": states}
+    groups = [_numbers(group.items(), skip=("params", "lr"), tensors=True) for group in optimizer.param_groups]
+    states = {path: _numbers(optimizer.state.get(parameter, {}).items()) for path, parameter in named}
+    return {"groups": groups, "state": {path: found for path, found in states.items() if found}}
 
 
 def restore_numbers(
@@ -88,6 +82,24 @@ def restore_numbers(
 ) -> None:
     """Give back what `numbers` took; None is of a checkpoint that is older than this."""
     for group, values in zip(optimizer.param_groups, (stored or {}).get("groups", []), strict=False):
-        group |= values
+        group |= {name: torch.tensor(value[0]) if isinstance(value, list) else value for name, value in values.items()}
     for path, values in (stored or {}).get("state", {}).items():
         optimizer.state[named[path]] |= values
+
+
+def restored(parameter: Tensor, name: str, value: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """A stored tensor of the optimizer as it was beside `parameter`: in its layout, or of another shape."""
+    if value.shape == parameter.shape and value.ndim:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    counted_on_cpu = name in COUNTS and not optimizer.defaults.get("fused")
+    return value if counted_on_cpu else value.to(parameter.device)
+
+
+def _numbers(items: Iterable[tuple[str, Any]], skip: Sequence[str] = (), tensors: bool = False) -> dict[str, Any]:
+    found = {}
+    for name, value in items:
+        if tensors and isinstance(value, Tensor) and value.ndim == 0:
+            found[name] = [value.item()]
+        elif isinstance(value, bool | int | float) and name not in skip:
+            found[name] = value
+    return found

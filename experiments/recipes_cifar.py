@@ -64,7 +64,7 @@ def cifar100_v1(model: str, norm: str, batch_size: int | None = None) -> Recipe:
 
     Command: ``accelerate launch -m experiments train cifar100_v1 --model knresnet18_v1 --batch-size 32 --data-dir
     data``; of the competitors as in `cifar100`, with ``--norm group_of_32`` (groups of 32 channels).
-    Hardware and hours: as `cifar100`. Expected at batch size 2 / 32 / 256 (published): KNResNet-18 79.09 / 79.02 /
+    Hardware: one GPU; hours as `cifar100`. Expected at batch size 2 / 32 / 256 (published): KNResNet-18 79.09 / 79.02 /
     78.85, KNResNet-34 79.25 / 79.47 / 79.16, KNResNet-50 80.25 / 80.15 / 79.70, ResNet-18 with GroupNorm 73.97 / 73.89
     / 72.21 %. The ablation: KNResNet-50 at batch size 32 with ``--dropout 0`` 78.96 %.
     """
@@ -87,8 +87,8 @@ def cifar10_readme(model: str, norm: str, batch_size: int | None = None) -> Reci
     """CIFAR-10 as in the README of the authors' code: 75 epochs at batch size 32, no weight decay.
 
     Command: ``accelerate launch -m experiments train cifar10_readme --model knresnet18 --data-dir data``.
-    Hardware: one GPU; hours and accuracy not published. Learning rates are given of KN (0.05) and GN (0.0125); others
-    take GN's.
+    Hardware: one GPU; hours not published. Expected: not published. Learning rates are given of KN (0.05) and GN
+    (0.0125); others take GN's.
     """
     batch_size = 32 if batch_size is None else batch_size
     lr = tabulated(CIFAR10_LR["kernel" if norm_kind(model, norm) == "kernel" else "group"], batch_size)

@@ -61,8 +61,8 @@ def imagenet32_private(model: str, norm: str, batch_size: int | None = None) -> 
     """ImageNet32 at epsilon 8, delta 8e-7, as in TMLR Table 4: 100 epochs, batch size 8192, lr 4 halved at 70 and 90.
 
     Command: ``accelerate launch -m experiments train imagenet32_private --model dp_knresnet18 --data-dir data``; of the
-    competitors ``--model baseline_resnet18 --norm group`` (or layer). Hardware: one large GPU. Expected (published):
-    KN 22.01, GN 20.99, LN 20.81 %. The published delta is slightly above 1 / 1,281,167 images.
+    competitors ``--model baseline_resnet18 --norm group`` (or layer). Hardware: one large GPU; hours not published.
+    Expected (published): KN 22.01, GN 20.99, LN 20.81 %. The published delta is slightly above 1 / 1,281,167 images.
     """
     return Recipe(
         batch_size=8192 if batch_size is None else batch_size,
@@ -77,8 +77,10 @@ def imagenet32_private(model: str, norm: str, batch_size: int | None = None) -> 
 def imagenet32_private_v1(model: str, norm: str, batch_size: int | None = None) -> Recipe:
     """ImageNet32 at epsilon 8, delta 1e-5, as in the first version's Table 4: lr 3 x 0.99 per epoch.
 
-    Batch size 8192 for kernel normalization, 4096 for the others. Expected (published): KN 21.16, GN 19.33, LN 18.97 %.
-    Its delta is 13 times 1 / 1,281,167 images: `imagenet32_private` is the recipe to use.
+    Command: ``accelerate launch -m experiments train imagenet32_private_v1 --model dp_knresnet18 --data-dir data``; of
+    the competitors ``--model baseline_resnet18 --norm group_of_32`` (or layer). Hardware: one large GPU; hours not
+    published. Batch size 8192 for kernel normalization, 4096 for the others. Expected (published): KN 21.16, GN 19.33,
+    LN 18.97 %. Its delta is 13 times 1 / 1,281,167 images: `imagenet32_private` is the recipe to use.
     """
     usual = 8192 if norm_kind(model, norm) == "kernel" else 4096
     return Recipe(

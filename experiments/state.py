@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from experiments import checkpoint
 from experiments.budget import Budget
 from experiments.meter import LossMeter
-from experiments.optimizer import build_optimizer, numbers, restore_numbers
+from experiments.optimizer import build_optimizer, numbers, restore_numbers, restored
 from experiments.run import Run
 
 VALUES = ("step", "evaluated", "best_score", "best_step", "seconds")
@@ -106,7 +106,7 @@ class State:
         named = dict(self.net.named_parameters())
         for name, value in tensors["optimizer"].items():
             path, _, key = name.rpartition("/")
-            self.optimizer.state[named[path]][key] = _beside(named[path], value, self.optimizer)
+            self.optimizer.state[named[path]][key] = restored(named[path], key, value, self.optimizer)
         restore_numbers(self.optimizer, named, values.get("optimizer"))
         for name in VALUES:
             setattr(self, name, values[name])
@@ -115,11 +115,3 @@ class State:
             self.budget.load(values["privacy"], self.step)
         if self.scaler is not None:
             self.scaler.load_state_dict(values["scaler"])
-
-
-def _beside(parameter: Tensor, value: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """A stored tensor of the optimizer as it was beside its parameter: in its layout, or a count of steps."""
-    if value.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    counts_on_cpu = value.ndim == 0 and not optimizer.defaults.get("fused")
-    return value if counts_on_cpu else value.to(parameter.device)

@@ -69,7 +69,7 @@ def write_imagenet(root: Path, train: int = 4, val: int = 2) -> None:
         for wnid in WORDNET:
             for number in range(count):
                 name = f"{wnid}_{number}.JPEG" if part == "train" else f"ILSVRC2012_val_{number:08}.JPEG"
-                image = picture(random, 20 + 7 * number, 30 - 5 * number)
+                image = picture(random, 20 + 7 * number, 30 - 5 * (number % 5))
                 mode = {0: "L", 1: "CMYK"}.get(number, "RGB") if part == "train" else "RGB"
                 save(image.convert(mode), root / part / wnid / name)
 
