@@ -135,7 +135,7 @@ def search(rates: Rates, runs: Any, folder: Path, quiet: bool = False) -> dict[f
         if found:
             scores[rate] = DIVERGED if DIVERGED in found else statistics.fmean(found)
             spread = statistics.stdev(found) if len(found) > 1 and scores[rate] != DIVERGED else ""
-            lines.append(f"{rate:g},{'diverged' if scores[rate] == DIVERGED else scores[rate]},{spread},{len(found)}")
+            lines.append(f"{rate},{'diverged' if scores[rate] == DIVERGED else scores[rate]},{spread},{len(found)}")
             _say(f"lr {rate:g}: {'diverged' if scores[rate] == DIVERGED else f'{scores[rate]:.2f} %'}")
             if _is_main():
                 write_text(folder / "search.csv", "\n".join(lines) + "\n")
@@ -165,7 +165,7 @@ def _conclusion(best: float, scores: dict[float, float], run: Run, settings: dic
     batch = f" --batch-size {run.batch_size}" if "batch_size" in settings else ""
     return (
         f"lr {best:g} with {scores[best]:.2f} %{edge}\n"
-        f"  python -m experiments train {run.recipe} --model {run.model} --norm {run.norm}{batch} --lr {best:g} ..."
+        f"  python -m experiments train {run.recipe} --model {run.model} --norm {run.norm}{batch} --lr {best} ..."
     )
 
 
