@@ -40,8 +40,8 @@ def cifar10_private(model: str, norm: str, batch_size: int | None = None) -> Rec
     """CIFAR-10 at epsilon 8, delta 1e-5, for the small networks of private training.
 
     Command: ``accelerate launch -m experiments train cifar10_private --model dp_knresnet8 --data-dir data``; of the
-    competitors ``--model cifar_resnet8x2 --norm group``. Hardware: one GPU; not run to the end by this project, so
-    that no accuracy is promised. Source: optimizer, decay and clipping as in the papers' ImageNet32 recipe, at a batch
+    competitors ``--model cifar_resnet8x2 --norm group``. Hardware: one GPU. Expected: not published, and not run to
+    the end by this project. Source: optimizer, decay and clipping as in the papers' ImageNet32 recipe, at a batch
     size for 50,000 images.
     """
     batch_size = 1024 if batch_size is None else batch_size

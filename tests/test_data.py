@@ -11,6 +11,7 @@ from cifar_files import FOLDERS, write_cifar
 
 from experiments import data
 from experiments.data.augment import crop_flip, draw
+from experiments.data.checksums import ARCHIVES, FILES, md5
 from experiments.data.images import ImageSet, balanced_rows
 from experiments.feed import Feed
 from experiments.run import resolve
@@ -155,3 +156,28 @@ def test_processes_share_the_batch_of_one(world):
 def test_batch_larger_than_the_set():
     with pytest.raises(KNPortError, match="batch size 64 is more than the 50"):
         feed(batch_size=64)
+
+
+@pytest.mark.parametrize(("name", "layout"), FOLDERS)
+def test_official_sets_are_checked_byte_by_byte(tmp_path, monkeypatch, name, layout):
+    written = write_cifar(tmp_path, name, layout)
+    monkeypatch.setattr("experiments.data.cifar.OFFICIAL", {part: len(rows[1]) for part, rows in written.items()})
+    folder = FOLDERS[name, layout]
+    paths = {path.name: path for path in (tmp_path / folder).iterdir()}
+    assert set(paths) == set(FILES[folder])
+    if layout == "python":
+        train, test = data.READERS[name](str(tmp_path))
+        assert "where the official file has" in train.notes[0] and len(train.notes + test.notes) == len(paths)
+    else:
+        with pytest.raises(KNPortError, match=r"MD5 .* the file is damaged; unpack cifar.*tar.gz \(MD5 .*\) again"):
+            data.READERS[name](str(tmp_path))
+    monkeypatch.setitem(FILES, folder, {path.name: md5(path) for path in paths.values()})
+    assert all(images.notes == () for images in data.READERS[name](str(tmp_path)))
+
+
+def test_sums_are_torchvisions():
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    for theirs in (CIFAR10, CIFAR100):
+        assert ARCHIVES[theirs.filename] == theirs.tgz_md5
+        assert FILES[theirs.base_folder] == dict(theirs.train_list + theirs.test_list)

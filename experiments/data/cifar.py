@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.data.checksums import FILES, archive, md5
 from experiments.data.images import ImageSet
 from knport.errors import KNPortError
 
@@ -142,7 +143,10 @@ def _load(
         records = [_read_file(layout, folder / file, num_classes) for file in files]
         pixels, labels = (np.concatenate(column) for column in zip(*records, strict=True))
         official = OFFICIAL[part]
-        note = f"{folder}: {len(labels):,} {part} images, where the official set has {official:,}"
+        if len(labels) == official:
+            notes = [note for file in files for note in _check_sum(layout, folder / file)]
+        else:
+            notes = [f"{folder}: {len(labels):,} {part} images, where the official set has {official:,}"]
         sets.append(
             ImageSet(
                 images=torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()),
@@ -150,7 +154,7 @@ def _load(
                 num_classes=num_classes,
                 mean=mean,
                 std=std,
-                notes=() if len(labels) == official else (note,),
+                notes=tuple(notes),
             )
         )
     return sets[0], sets[1]
@@ -162,12 +166,26 @@ def _find(name: str, layouts: tuple[Layout, ...], data_dir: Path) -> tuple[Layou
         for folder in (data_dir / layout.folder, data_dir):
             if any((folder / file).is_file() for file in layout.train + layout.test):
                 return layout, folder
-    folders = " or ".join(f"{layout.folder}/ (from {layout.archive})" for layout in layouts)
+    folders = " or ".join(f"{layout.folder}/ from {archive(layout.archive)}" for layout in layouts)
     state = "holds no" if data_dir.is_dir() else "does not exist; it should hold"
     raise KNPortError(
         f"{name}: {data_dir} {state} {folders}. Get an archive from https://www.cs.toronto.edu/~kriz/cifar.html,"
         " unpack it, and give the folder with --data-dir"
     )
+
+
+def _check_sum(layout: Layout, path: Path) -> list[str]:
+    """A note if a pickle is not the official one, byte by byte: it may have been written anew with the same images.
+
+    Raises `KNPortError` if a file of the binary version is not: there, any other byte is another pixel or label.
+    """
+    found, official = md5(path), FILES[layout.folder][path.name]
+    if found == official:
+        return []
+    differs = f"{path}: MD5 {found}, where the official file has {official}"
+    if layout.folder.endswith("-py") or layout.folder.endswith("-python"):
+        return [f"{differs}: written anew, or damaged"]
+    raise KNPortError(f"{differs}: the file is damaged; unpack {archive(layout.archive)} again")
 
 
 def _read_file(layout: Layout, path: Path, num_classes: int) -> Records:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.data.checksums import archive
 from experiments.data.files import FileSet, images_in, official_size, read_rgb
 from experiments.data.images import ImageSet
 from knport.errors import KNPortError
@@ -29,16 +30,18 @@ THREADS = 8  # decoding waits for the disk as much as it computes
 def imagenet(data_dir: str) -> tuple[FileSet, FileSet]:
     """Officially 1,281,167 training and 50,000 test (validation) images of any size, 1000 classes; read when needed.
 
-    `data_dir` holds `train` and `val`, each with one folder per class. Fewer classes, as in the usual subsets, are
+    `data_dir` holds `train` and `val`, each with one folder per class, or is the parent of a folder imagenet that does.
+    Fewer classes, as in the usual subsets, are
     taken as they are and noted. Raises `KNPortError` for what is missing.
     """
     root = Path(data_dir)
+    root = root / "imagenet" if (root / "imagenet" / "train").is_dir() else root
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise KNPortError(
-                f"imagenet: {root / part} does not exist. Registered users get ILSVRC2012_img_train.tar and"
-                " ILSVRC2012_img_val.tar from https://image-net.org/download-images; unpack them into train/CLASS/ and"
-                " val/CLASS/, and give the parent of both with --data-dir"
+                f"imagenet: {root / part} does not exist. Registered users get {archive('ILSVRC2012_img_train.tar')}"
+                f" and {archive('ILSVRC2012_img_val.tar')} from https://image-net.org/download-images; unpack them into"
+                " train/CLASS/ and val/CLASS/, and give the parent of both with --data-dir"
             )
     classes = _classes(root / "train")
     sets = []
@@ -102,8 +105,8 @@ def _tiny_root(data_dir: Path) -> Path:
             return root
     state = "holds no" if data_dir.is_dir() else "does not exist; it should hold"
     raise KNPortError(
-        f"tiny_imagenet: {data_dir} {state} {TINY}/wnids.txt. Get http://cs231n.stanford.edu/{TINY}.zip, unpack it, and"
-        " give the folder with --data-dir"
+        f"tiny_imagenet: {data_dir} {state} {TINY}/wnids.txt. Get {archive(TINY + '.zip')} from"
+        " http://cs231n.stanford.edu, unpack it, and give the folder with --data-dir"
     )
 
 
