@@ -5,10 +5,15 @@ import os
 import pytest
 import torch
 
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Whatever the test before has set: a forked process that computes with more threads than one hangs for good."""
+    torch.set_num_threads(1)

@@ -41,6 +41,7 @@ class Processes:
         if pid:
             return pid
         code = 1
+        torch.set_num_threads(1)  # the threads of the parent are not there any more, and would be waited for
         try:
             self._redirect(self.logs[rank])
             if count > 1:
