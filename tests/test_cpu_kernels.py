@@ -257,6 +257,24 @@ def test_box_is_a_mean_and_its_transpose(k, stride, dilation, padding):
     torch.testing.assert_close(narrow, (ours.float(), back.float()))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_outputs_may_be_edited_in_place(layout, dropout):
+    """As networks do: y += shortcut, ReLU(inplace=True)."""
+    x = torch.randn(2, 8, 5, 5).to(memory_format=LAYOUTS[layout]).requires_grad_()
+    weight = torch.randn(8, 8, 3, 3)
+    for function in (
+        lambda: functional.kn_conv(x, weight, padding=1, dropout=dropout),
+        lambda: functional.kernel_norm(x),
+    ):
+        y, other = function(), function()
+        assert is_fused(y)
+        y += 1
+        assert torch.autograd.grad(y.relu_().sum(), x)[0].isfinite().all()
+        if not dropout:
+            torch.testing.assert_close(y, (other + 1).relu())
+
+
 @pytest.mark.parametrize("reason", ["float64", "padding mode", "mask", "few entries", "autocast", "transform"])
 def test_what_it_does_not_take_goes_by_the_formula(reason):
     x, weight = torch.randn(1, 8, 5, 5), torch.randn(4, 8, 3, 3, requires_grad=True)

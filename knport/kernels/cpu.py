@@ -102,14 +102,17 @@ def scale_and_shift(
         inplace: overwrite `convolved`.
     """
     at = _Flat.of(convolved)
-    y, result = at.all(convolved), at.all(convolved) if inplace else None
+    if not (at.rows or convolved.is_contiguous()):
+        convolved = convolved.contiguous()
+    result = convolved if inplace else torch.empty_like(convolved)  # no view, which could not be edited in place
+    y, out = at.all(convolved), at.all(result)
     for map_, vector in zip(offset.split(1, 1), vectors, strict=True) if offset is not None else ():
-        result = y = torch.addcmul(y, at.map(map_), at.vector(vector), value=-1, out=result)
+        y = torch.addcmul(y, at.map(map_), at.vector(vector), value=-1, out=out)
     if bias is None:
-        result = torch.mul(y, at.map(rstd), out=result)
+        torch.mul(y, at.map(rstd), out=out)
     else:
-        result = torch.addcmul(at.vector(bias), y, at.map(rstd), out=result)
-    return at.restored(result, convolved.shape)
+        torch.addcmul(at.vector(bias), y, at.map(rstd), out=out)
+    return result
 
 
 def scale_and_shift_backward(
@@ -156,9 +159,6 @@ class _Flat(NamedTuple):
     def vector(self, y: Tensor) -> Tensor:
         """(C,), to multiply by."""
         return y if self.rows else y[:, None]
-
-    def restored(self, y: Tensor, shape) -> Tensor:
-        return y.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if self.rows else y.view(shape)
 
     def over_channels(self, y: Tensor, vectors: Tensor) -> Tensor:
         """sum_c y_c vectors_rc: y (N, C, O, P), vectors (R, C) -> (N, R, O, P)."""
