@@ -31,8 +31,7 @@ def imagenet(data_dir: str) -> tuple[FileSet, FileSet]:
     """Officially 1,281,167 training and 50,000 test (validation) images of any size, 1000 classes; read when needed.
 
     `data_dir` holds `train` and `val`, each with one folder per class, or is the parent of a folder imagenet that does.
-    Fewer classes, as in the usual subsets, are
-    taken as they are and noted. Raises `KNPortError` for what is missing.
+    Fewer classes, as in the usual subsets, are taken as they are and noted. Raises `KNPortError` for what is missing.
     """
     root = Path(data_dir)
     root = root / "imagenet" if (root / "imagenet" / "train").is_dir() else root
