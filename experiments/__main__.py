@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model by a recipe, or go on with a run that was interrupted",
     "compare": "run a grid of models, norms, batch sizes and seeds, and report it",
     "demo": "compare three norms on the embedded digits in a few minutes",
+    "families": "compare all six families of networks with their rivals at batch sizes 2, 8 and 32",
     "privacy": "private training of the embedded digits: accuracy by epsilon, and membership inference",
     "search-lr": "the papers' search: a learning rate, halved until it gets no better",
     "validate": "measure a run's weights, or a model of knport.save, on the test images again",
@@ -49,8 +50,9 @@ def main(args: list[str] | None = None) -> int:
 
         if not isinstance(error, KNPortError):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])  # of what one process met alone
+        if notes or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", *notes, file=sys.stderr)
         return 2
     return 0
 
@@ -107,7 +109,7 @@ def _list(args: list[str]) -> None:
 
 def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND [-h] ...", ""]
-    return "\n".join(lines + [f"  {name:9} {text}" for name, text in COMMANDS.items()])
+    return "\n".join(lines + [f"  {name:11} {text}" for name, text in COMMANDS.items()])
 
 
 if __name__ == "__main__":

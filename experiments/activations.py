@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tyro
+from matplotlib.ticker import FuncFormatter, LogLocator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -114,6 +115,9 @@ def activations_plot(series: Sequence[Series], stages: Sequence[Stage]) -> str:
         axes.plot(x, [s.initial_sd for s in mine], "--", color=colour, linewidth=1.1, alpha=0.75)
         axes.plot(x, [s.trained_sd for s in mine], color=colour, linewidth=1.9, marker=marker, markersize=4)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
     axes.set_xlabel("stem to last feature map [% of stages]", color=INK)
     axes.set_title("SD of activations: before training (dashed), after it", loc="left", fontsize=10.5, color=INK, pad=8)
     return to_svg(figure, themed=True)

@@ -16,9 +16,10 @@ import torch
 import tyro
 
 from experiments import activations, data, predictions, tables, terminal
+from experiments.backbones import statement
 from experiments.collect import collect, cost_key, read_notes, write_notes
 from experiments.cost import Batch, Network, cost_device, measure
-from experiments.grid import grid, key_of, parse_fields, planned_row
+from experiments.grid import grid, key_of, original_of, parse_fields, planned_row
 from experiments.models import build as build_model
 from experiments.report import report
 from experiments.results import Cost, write
@@ -26,7 +27,6 @@ from experiments.run import Run
 from experiments.run_folder import RunFolder
 from experiments.saved_run import open_run
 from experiments.segmentation import Segmentation, Upsample
-from experiments.summary import headline
 from experiments.tasks import task_of
 from experiments.train import start_accelerator, train
 from knport.errors import KNPortError
@@ -123,7 +123,7 @@ def run_grid(runs: Sequence[Run], folder: Path, *, command: str, cost_seconds: f
         page = report(folder)
     rows = collect(folder).rows
     terminal.show(tables.accuracy(rows))
-    for line in (headline(rows), *tables.remarks(rows), f"Report: {page}"):
+    for line in (statement(rows), *tables.remarks(rows), f"Report: {page}"):
         say(line)
     return page
 
@@ -193,7 +193,8 @@ def _measure_costs(runs: Sequence[Run], folder: Path, train_set: Any, seconds: f
         images = torch.randn(size, *shape, device=device)
         places = (size, *shape[1:]) if network.get("dense") else (size,)
         batch = Batch(images, torch.arange(math.prod(places), device=device).view(places) % network["num_classes"])
-        costs = measure(_builder(here, network, shape), here, batch, seconds=seconds)
+        originals = {model: original_of(model) for model, _ in here}
+        costs = measure(_builder(here, network, shape), here, batch, seconds=seconds, originals=originals)
         write_notes(folder, [], {keys[network]: cost for network, cost in costs.items()})
 
 

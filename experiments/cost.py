@@ -59,6 +59,7 @@ def measure(
     batch: Batch,
     *,
     seconds: float = 15.0,
+    originals: Mapping[str, str] | None = None,
 ) -> dict[Network, Cost]:
     """Measure every network on one batch; one that cannot make a step is left out (its training says why).
 
@@ -67,6 +68,7 @@ def measure(
         networks: the (model, norm) pairs; ratios are to the pair (model, "original") where it is among them.
         batch: images and labels on the device to measure on.
         seconds: about how long the timing of all networks together may take; at least five rounds are made.
+        originals: model -> the model that ratios are to, where that is another one.
     """
     device = batch.images.device
     batch = Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels)
@@ -79,7 +81,7 @@ def measure(
     times = time_steps({network: placed(*network) for network in networks}, batch, seconds=seconds)
     costs = {}
     for model, norm in networks:
-        mine, base = times[model, norm], times.get((model, "original"))
+        mine, base = times[model, norm], times.get(((originals or {}).get(model) or model, "original"))
         ratios = [a / b for a, b in zip(mine, base, strict=True)] if base else None
         costs[model, norm] = Cost(
             **static[model, norm],

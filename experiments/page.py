@@ -7,12 +7,13 @@ from html import escape
 from pathlib import Path
 
 from experiments import page_comparison, plots
+from experiments.backbones import statement
 from experiments.comparison import Comparison
 from experiments.page_comparison import commands, measured_on
 from experiments.page_parts import bullets, part, section
 from experiments.paper_report import READING as PAPERS
 from experiments.results import Row
-from experiments.summary import headline, series_of
+from experiments.summary import series_of
 from experiments.tables import Section
 
 STYLE = Path(__file__).with_name("page.css")
@@ -99,7 +100,7 @@ def _contents(comparisons: Sequence[Comparison], private: Sequence[Section], pap
 
 
 def _sentence(rows: Sequence[Row]) -> str:
-    return escape(headline(rows)).replace(" %", "&nbsp;%")
+    return escape(statement(rows)).replace(" %", "&nbsp;%")
 
 
 def _lead(rows: Sequence[Row]) -> str:

@@ -8,6 +8,7 @@ from html import escape
 
 from experiments import plots, tables
 from experiments.activations import Stage, activations_plot
+from experiments.backbones import groups as groups_of
 from experiments.comparison import Comparison, Prediction
 from experiments.page_parts import blocks, bullets, dot, figure, folded, note, panels, section, table
 from experiments.paper_table import SOURCE
@@ -52,14 +53,6 @@ def accuracy_title(series: Sequence[Series], sizes: Sequence[int]) -> str:
     return f"From batch size {sizes[-1]} to {sizes[0]}: {texts} points"
 
 
-def backbones(series: Sequence[Series]) -> list[list[Series]]:
-    """The networks of each backbone: a picture for each."""
-    groups: dict[str, list[Series]] = {}
-    for one in series:
-        groups.setdefault(one.backbone, []).append(one)
-    return list(groups.values())
-
-
 def drawn(group: Sequence[Series], series: Sequence[Series], sizes: Sequence[int]) -> bool:
     """Whether the picture of a backbone would show anything: a score under the main budget of its column."""
     main = {size: main_budget(series, size) for size in sizes}
@@ -76,7 +69,7 @@ def _caption(group: Sequence[Series], groups: Sequence[Sequence[Series]]) -> str
 
 
 def _scores(rows: Sequence[Row], series: Sequence[Series], sizes: Sequence[int]) -> str:
-    groups = [group for group in backbones(series) if drawn(group, series, sizes)]
+    groups = [group for group in groups_of(series) if drawn(group, series, sizes)]
     main = {size: main_budget(series, size) for size in sizes}
     pictures = []
     if len(sizes) > 1:
@@ -109,7 +102,7 @@ def _chips(series: Sequence[Series]) -> str:
 
 
 def _curves(results: Results, series: Sequence[Series], sizes: Sequence[int]) -> str:
-    groups = backbones(series)
+    groups = groups_of(series)
     figures: list[str] = []
     for size in sizes:
         lines = [line for line in results.curves if line["batch_size"] == size]
@@ -145,7 +138,7 @@ def _legend(series: Sequence[Series]) -> str:
 
 def _activations(stages: Sequence[Stage], series: Sequence[Series]) -> str:
     figures = []
-    groups = backbones(series)
+    groups = groups_of(series)
     for size in sorted({stage.batch_size for stage in stages}):
         here = [stage for stage in stages if stage.batch_size == size]
         for group in groups:

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from experiments.summary import Metric, Series, main_budget, metric_of
@@ -70,23 +71,41 @@ def accuracy_plot(
     figure, axes = panel()
     labels = []
     main = main or {size: main_budget(series, size) for size in batch_sizes}
-    for number, one in enumerate(series):
-        cells = [(size, one.cells[size]) for size in batch_sizes if size in one.cells]
-        points = [(size, cell) for size, cell in cells if cell.values and cell.budget == main[size]]
-        if not points:
-            continue
-        x, y = [batch_sizes.index(size) for size, _ in points], [cell.mean for _, cell in points]
-        # a small offset keeps the bars of networks with equal accuracies apart
-        x = [position + 0.03 * (number - (len(series) - 1) / 2) for position in x]
-        bars = [cell.sd or 0.0 for _, cell in points]
-        axes.errorbar(x, y, bars, **_line(one, series), markersize=6, capsize=0, elinewidth=1.4)
-        labels.append((x[-1], y[-1], name_of(one, series), style(one)[0]))
+    for one, line in zip(series, _lines(axes, series, batch_sizes, main), strict=True):
+        if line is not None:
+            x, y = line.lines[0].get_data()
+            labels.append((x[-1], y[-1], name_of(one, series), style(one)[0]))
     axes.set_xticks(range(len(batch_sizes)), [str(size) for size in batch_sizes])
     axes.set_xlim(-0.25, len(batch_sizes) - 1 + (0.9 if len(batch_sizes) < 3 else 1.0))
     axes.set_xlabel("batch size")
     widen(axes)
     _finish(axes, score_of(series).axis, labels)
     return to_svg(figure, themed)
+
+
+def accuracy_lines(
+    axes: Axes, series: Sequence[Series], batch_sizes: Sequence[int], main: Mapping[int, tuple]
+) -> dict[str, ErrorbarContainer]:
+    """Draw the lines of `accuracy_plot`; returns what stands for each kind of norm in a legend."""
+    lines = _lines(axes, series, batch_sizes, main)
+    return {one.label.removesuffix(", as built"): line for one, line in zip(series, lines, strict=True) if line}
+
+
+def _lines(
+    axes: Axes, series: Sequence[Series], batch_sizes: Sequence[int], main: Mapping[int, tuple]
+) -> list[ErrorbarContainer | None]:
+    """A line per network, None for one without a cell under the main budget."""
+    drawn: list[ErrorbarContainer | None] = []
+    for number, one in enumerate(series):
+        cells = [(size, one.cells[size]) for size in batch_sizes if size in one.cells]
+        points = [(size, cell) for size, cell in cells if cell.values and cell.budget == main[size]]
+        x, y = [batch_sizes.index(size) for size, _ in points], [cell.mean for _, cell in points]
+        # a small offset keeps the bars of networks with equal accuracies apart
+        x = [position + 0.03 * (number - (len(series) - 1) / 2) for position in x]
+        bars = [cell.sd or 0.0 for _, cell in points]
+        options = {"markersize": 6, "capsize": 0, "elinewidth": 1.4}
+        drawn.append(axes.errorbar(x, y, bars, **_line(one, series), **options) if points else None)
+    return drawn
 
 
 def curves_plot(series: Sequence[Series], curves: Iterable[dict[str, Any]], batch_size: int) -> str:
@@ -129,6 +148,12 @@ def panel() -> tuple[Figure, Axes]:
         figure = Figure(figsize=PANEL, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
+    plain(axes)
+    return figure, axes
+
+
+def plain(axes: Axes) -> None:
+    """Horizontal lines and no frame."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -136,7 +161,6 @@ def panel() -> tuple[Figure, Axes]:
     axes.margins(y=0.1)
     axes.tick_params(length=0, labelcolor=INK)
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    return figure, axes
 
 
 def _line(one: Series, series: Sequence[Series]) -> dict[str, Any]:

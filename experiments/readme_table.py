@@ -7,13 +7,14 @@ beside the CSV.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
-from experiments import page, plots, tables
+from experiments import backbones, page, plots, tables
 from experiments.results import Row, read, write_text
-from experiments.summary import batch_sizes_of, headline, series_of
+from experiments.summary import batch_sizes_of, metric_of, series_of
 from knport.errors import KNPortError
 
 BEGIN, END = "<!-- results: made by python -m experiments.readme_table -->", "<!-- end of results -->"
@@ -32,8 +33,19 @@ def readme_table(
     rows = read(csv).rows
     picture = csv.with_name(PICTURE)
     text = updated(readme.read_text(encoding="utf-8"), section(rows, csv.as_posix(), picture.as_posix()))
-    write_text(picture, plots.accuracy_plot(series_of(rows), batch_sizes_of(rows), themed=False))
+    write_text(picture, drawing(rows))
     write_text(readme, text)
+
+
+def drawing(rows: Sequence[Row]) -> str:
+    """SVG: score against batch size; of several backbones a panel each."""
+    if _several(rows):
+        return backbones.picture(rows)
+    return plots.accuracy_plot(series_of(rows), batch_sizes_of(rows), themed=False)
+
+
+def _several(rows: Sequence[Row]) -> bool:
+    return len({row.backbone for row in rows}) >= backbones.SEVERAL
 
 
 def updated(text: str, content: str) -> str:
@@ -52,14 +64,30 @@ def section(rows: tuple[Row, ...], csv: str, picture: str) -> str:
     """Headline, table, remarks, setting, picture, command and source, as Markdown; paths relative to the README."""
     row = rows[0]
     images = f"{row.train_images:,} training and {row.test_images:,} test images of {row.classes} classes"
-    parts = [headline(rows), tables.accuracy(rows).markdown(), *tables.remarks(rows)]
-    parts.append(f"![Top-1 accuracy against batch size]({picture})")
-    parts.append(f"Top-1 in percent after the last step, mean ± SD over n seeds; {row.recipe}, {images}.")
+    name = metric_of(rows).name
+    name = name[0].upper() + name[1:]
+    parts = [backbones.statement(rows), *scores(rows), *tables.remarks(rows)]
+    parts.append(f"![{name} against batch size]({picture})")
+    short = _SHORT.get(name, name)
+    parts.append(f"{short} in percent after the last step, mean ± SD over n seeds; {row.recipe}, {images}.")
     parts.append("<details><summary>Setting and command</summary>")
     parts += [tables.settings(rows).markdown(), page.machine(rows)]
     parts += [f"```\n{command}\n```" for command in page.commands(rows)]
     parts.append(f"Every number is made from [{csv}]({csv}).\n\n</details>")
     return "\n\n".join(parts)
+
+
+_SHORT = {"Top-1 accuracy": "Top-1"}
+
+
+def scores(rows: Sequence[Row]) -> list[str]:
+    """One table; of several backbones one for each batch size, backbones down and norms across."""
+    if not _several(rows):
+        return [tables.accuracy(rows).markdown()]
+    texts = []
+    for size in batch_sizes_of(rows):
+        texts += [f"Batch size {size}:", backbones.matrix(rows, size).markdown()]
+    return texts
 
 
 def main() -> int:

@@ -14,11 +14,12 @@ from pathlib import Path
 import tyro
 
 from experiments import activations, page, paper_report, tables
+from experiments.backbones import statement
 from experiments.comparison import Comparison, Found, find, holds_runs, is_comparison, read_stages
 from experiments.paper_table import SOURCE
 from experiments.published import setting_of
 from experiments.results import COLUMNS, Results, Row, read, write, write_text
-from experiments.summary import STANDARD_ERRORS, headline
+from experiments.summary import STANDARD_ERRORS
 from experiments.tables import Section
 from knport.errors import KNPortError
 
@@ -98,7 +99,7 @@ def markdown(comparisons: Sequence[Comparison], private: Sequence[Section] = (),
 
 
 def _comparison(rows: Sequence[Row]) -> list[str]:
-    parts = [headline(rows), tables.accuracy(rows).markdown()]
+    parts = [statement(rows), tables.accuracy(rows).markdown()]
     parts += [f"- {note}" for note in tables.remarks(rows)]
     more = tables.further(rows)
     parts += [more.markdown()] if more else []

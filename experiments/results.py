@@ -36,7 +36,7 @@ class Cost:
     """What one training step of one network costs; what nobody measured is None.
 
     Times are milliseconds per step: median and 20 % / 80 % quantiles over rounds. `slowdown` is the time divided by
-    that of the same model's `original` norm in the same round. Memory is in MiB. `macs` are multiply-accumulates of
+    that of its backbone's `original` norm in the same round. Memory is in MiB. `macs` are multiply-accumulates of
     one image's forward pass in convolutions and linear layers.
     """
 
@@ -115,7 +115,7 @@ class Row(Cost):
 COST_FIELDS = tuple(f.name for f in fields(Cost))
 COLUMNS = (*(f.name for f in fields(Row) if f.name not in COST_FIELDS), *COST_FIELDS)
 TYPES = get_type_hints(Row)
-DECIMALS = {name: 2 for name in (*SCORES, "best_top1", "best_miou")}
+DECIMALS = dict.fromkeys((*SCORES, "best_top1", "best_miou"), 2)
 DECIMALS |= {"train_loss": 4, "test_loss": 4, "seconds": 1, "images_per_second": 1}
 WORDS = ("recipe", "model", "norm")
 

@@ -174,12 +174,17 @@ def _cost_cells(row: Row) -> tuple[Text, ...]:
         Text(_amount(row.parameters)),
         Text(_amount(row.macs)),
         _median(row.ms_per_step, row.ms_per_step_q20, row.ms_per_step_q80),
-        _median(row.slowdown, row.slowdown_q20, row.slowdown_q80)
-        if row.norm != "original"
-        else Text("1" if row.slowdown else ""),
+        _slowdown(row),
         Text(_digits(row.peak_mib)),
         Text(_digits(row.saved_mib)),
     )
+
+
+def _slowdown(row: Row) -> Text:
+    """To the original of its backbone, which need not have been measured beside it."""
+    if row.norm == "original" and row.slowdown == 1:
+        return Text("" if row.original else "1")
+    return _median(row.slowdown, row.slowdown_q20, row.slowdown_q80)
 
 
 def _median(value: float | None, low: float | None, high: float | None) -> Text:
