@@ -66,6 +66,30 @@ def layer_of(layout, **options):
     return knport.KNLinear(5, 7, **where, **options), x
 
 
+@pytest.mark.parametrize("form, dropout", [("moments", 0.0), ("expected", 0.3), ("moments", 0.3)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float32_on_a_cpu_is_one_operation_with_the_values_of_float64(layout, form, dropout):
+    shape, *where = LAYOUTS[layout]
+    where = dict(zip(("norm_window", "prefix_tokens", "grid_size"), where, strict=True))
+    wide = [torch.randn(*s, 65, dtype=torch.float64, requires_grad=True) for s in (shape[:-1], (7,))]
+    wide.append(torch.randn(7, dtype=torch.float64, requires_grad=True))
+    narrow = [t.detach().float().requires_grad_() for t in wide]
+    results = []
+    for inputs in (narrow, wide):
+        torch.manual_seed(4)
+        y = functional.kn_linear(*inputs, **where, dropout=dropout, dropout_form=form)
+        results.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, 7)).square().sum(), inputs)])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+    assert _operations(results[0][0].grad_fn) >= {"_KNConvBackward"} > _operations(results[1][0].grad_fn)
+
+
+def _operations(node) -> set[str]:
+    if node is None:
+        return set()
+    return {node.name()}.union(*(_operations(before) for before, _ in node.next_functions)) & {"_KNConvBackward"}
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_and_gradients_are_those_of_the_definition(layout, dropout):

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knport.errors import KNPortError
-from knport.functional.efficient import kn_conv_statistics
+from knport.functional.efficient import kn_conv, kn_conv_statistics
 from knport.functional.statistics import UnitStatistics
 from knport.geometry import ntuple
 from knport.kernels import normalize_units
+from knport.kernels.cpu import takes
 
 
 def kn_linear(
@@ -66,7 +67,10 @@ def kn_linear(
     """
     if statistics is None:
         where = {"norm_window": norm_window, "prefix_tokens": prefix_tokens, "grid_size": grid_size}
-        statistics = kn_linear_statistics(x, **where, dropout=dropout, dropout_form=dropout_form)
+        how = {"dropout": dropout, "dropout_form": dropout_form}
+        if takes(x, weight, bias):
+            return _convolved(x, weight, bias, **where, eps=eps, **how)
+        statistics = kn_linear_statistics(x, **where, **how)
     mean, var, own_mean = statistics
     # As in `kn_conv`: centred weights, so that nothing large is subtracted from anything large.
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -81,6 +85,27 @@ def kn_linear(
     vectors = torch.stack([part[1] for part in parts]) if parts else None
     y = normalize_units(as_map(product), own_mean, var, offset, vectors, bias, eps, product.dtype)
     return y.permute(0, 2, 3, 1).reshape(product.shape)  # (N, C_out, A, B) -> (..., C_out), a view
+
+
+def _convolved(x, weight, bias, norm_window, prefix_tokens, grid_size, **how) -> Tensor:
+    """`kn_linear` as 1 x 1 convolutions, each one operation on CPUs: of the grid, and of the tokens before it."""
+
+    def convolve(tokens: Tensor, window) -> Tensor:
+        y = kn_conv(as_map(tokens), weight[:, :, None, None], bias, norm_window=window, **how)
+        return y.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], len(weight))  # (N, C_out, A, B) -> (..., C_out)
+
+    window = ntuple(norm_window, 2, "norm_window")
+    if max(window) == 1:
+        return convolve(x, None)
+    if x.dim() == 4 and not prefix_tokens:
+        return convolve(x, window)
+    batched = x.unsqueeze(0) if x.dim() == 2 else x
+    size = grid_of(batched, prefix_tokens, grid_size)
+    prefix, grid = batched.split([prefix_tokens, size[0] * size[1]], 1)
+    y = convolve(grid.unflatten(1, size), window).flatten(1, 2)
+    if prefix_tokens:
+        y = torch.cat([convolve(prefix, None), y], 1)
+    return y.squeeze(0) if x.dim() == 2 else y
 
 
 def kn_linear_statistics(

@@ -82,10 +82,11 @@ class KNLinear(StatisticsDropout, nn.Linear):
             "prefix_tokens": self.prefix_tokens,
             "grid_size": self.grid_size if grid_size is None else grid_size,
         }
-        statistics = functional.kn_linear_statistics(x, **where, **self._dropout_now())
+        how, statistics = where | self._dropout_now(), None
         if self.statistics_hook is not None:
+            statistics = functional.kn_linear_statistics(x, **how)
             self.statistics_hook(self, statistics)
-        return functional.kn_linear(x, self.weight, self.bias, eps=self.eps, statistics=statistics)
+        return functional.kn_linear(x, self.weight, self.bias, eps=self.eps, statistics=statistics, **how)
 
     def __call__(self, *args, **kwargs) -> Tensor:
         y = super().__call__(*args, **kwargs)
