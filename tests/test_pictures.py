@@ -20,6 +20,7 @@ from experiments.pictures import erased_value, picture_feed
 from experiments.run import resolve
 from experiments.tasks import Classification, Pictures, task_of
 from experiments.train import start_accelerator, train
+from knport import KNConv2d
 from knport.errors import KNPortError
 
 SMALL = {"image_size": 16, "test_resize": 20, "test_size": 16, "batch_size": 4}
@@ -223,3 +224,23 @@ def test_the_task_of_a_recipe():
     tasks = {name: task_of(resolve(name)).__name__ for name in ("imagenet_v1", "imagenet32", "cifar100_v1")}
     assert tasks == {"imagenet_v1": "Pictures", "imagenet32": "Classification", "cifar100_v1": "Classification"}
     assert issubclass(Pictures, Classification)
+
+
+def test_the_600_epoch_recipe_goes_on_to_the_same_bits(tmp_path, images, monkeypatch):
+    from test_resume import at_step, contents, crash
+
+    def small(*args, num_classes: int, **kwargs) -> nn.Sequential:
+        pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(KNConv2d(3, 8, 3, 2), nn.GroupNorm(1, 8), nn.GELU(), *pool, nn.Linear(8, num_classes))
+
+    monkeypatch.setattr("experiments.train.build", small)
+    monkeypatch.setattr("experiments.run_folder._commit", lambda: None)  # git
+    settings = SMALL | {"batch_size": 8, "steps": 9, "checkpoint_every": 4, "data_dir": str(tmp_path)}
+    runs = [resolve("imagenet_convnext", run_dir=str(tmp_path / name), **settings) for name in ("whole", "crashed")]
+    train(runs[0], quiet=True)
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, crash)
+        with pytest.raises(RuntimeError, match="plug"):
+            train(runs[1], quiet=True)
+    train(runs[1], quiet=True)
+    assert contents(tmp_path / "crashed") == contents(tmp_path / "whole")
