@@ -45,9 +45,12 @@ class PaperRun(NamedTuple):
 
 
 def paper_runs() -> list[PaperRun]:
-    """All of them, in the papers' order. Cells that one run fills, in both versions or several scores, are one."""
+    """All of them, in the papers' order, and the strongest rival that they did not run beside Table 1.
+
+    Cells that one run fills, in both versions or several scores, are one.
+    """
     found: dict[tuple, PaperRun] = {}
-    for run in (*_cells(), *_times()):
+    for run in (*_cells(), *_times(), *_rivals()):
         key = (run.table, *run.settings.items())
         versions = found[key].versions if key in found else ()
         found[key] = run._replace(versions=tuple(dict.fromkeys((*versions, *run.versions))))
@@ -85,3 +88,13 @@ def _times() -> Iterator[PaperRun]:
             where_to = {"epochs": 1, "run_dir": f"runs/times/{recipe}-{model}"}
             settings = {"recipe": recipe, "model": model, "norm": "original"} | where_to
             yield PaperRun("Table 6", f"{data_set} {network} {kind}, {where}", (version,), settings)
+
+
+def _rivals() -> Iterator[PaperRun]:
+    """GroupNorm with weight standardization, at GroupNorm's learning rates."""
+    for name, model in (("ResNet", "baseline_resnet"), ("PreactResNet", "preact_resnet")):
+        for depth in (18, 34, 50):
+            for size in (2, 32, 256):
+                row = f"{name}-{depth} group and weight standardization, batch size {size}"
+                settings = {"recipe": "cifar100", "model": f"{model}{depth}", "norm": "group_ws", "batch_size": size}
+                yield PaperRun("Beside Table 1", row, ("not in the papers",), settings)
