@@ -7,8 +7,10 @@ network is built and passed two images on the meta device.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from cifar_files import write_cifar
@@ -165,3 +167,9 @@ def test_recipes_say_what_they_need():
         for word in ("Command: ``", f" {name} ", "Hardware:"):
             assert word in text, f"{name}: {word}"
         assert "Expected" in text or "not published" in text, name
+
+
+def test_the_page_names_every_recipe():
+    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`([a-z0-9_]+)`", page.split("## Recipes")[1].split("## Data on disk")[0]))
+    assert set(RECIPES) <= listed
