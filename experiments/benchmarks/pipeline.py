@@ -28,7 +28,7 @@ from experiments.run import Run, resolve
 from experiments.run_folder import environment
 
 COMMAND = "python -m experiments.benchmarks.pipeline"
-RESULTS = Path("experiments/results/pipeline/pipeline.csv")
+RESULTS = Path(__file__).parents[1] / "results" / "pipeline" / "pipeline.csv"
 COLUMNS = ("model", "batch_size", "rounds", "pipeline_ms_per_step", "step_ms", "share_percent")
 COLUMNS += ("share_percent_q25", "share_percent_q75", "device", "threads", "torch", "commit", "date", "command")
 MODEL, IMAGES = "knresnet18", 50_000
