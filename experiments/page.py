@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -117,6 +119,18 @@ def _runs(rows: Sequence[Row]) -> str:
     return f"{finished} finished runs of {len(rows)}, {seeds} seed{'s' if seeds > 1 else ''}"
 
 
+def unique_names(text: str) -> str:
+    """HTML in which no two SVGs name a part alike: names get the picture's number, those that nothing uses go."""
+    numbers = itertools.count()
+    return re.sub(r"<svg.*?</svg>", lambda found: _renamed(found.group(), next(numbers)), text, flags=re.DOTALL)
+
+
+def _renamed(svg: str, number: int) -> str:
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="s{number}-{found[1]}"' if found[1] in used else "", svg)
+    return re.sub(r'(href="#|url\(#)', rf"\g<1>s{number}-", svg)
+
+
 def _document(name: str, body: str) -> str:
     light, dark = plots.themes()
     return f"""<!doctype html>
@@ -132,7 +146,7 @@ def _document(name: str, body: str) -> str:
 {STYLE.read_text(encoding="utf-8")}</style>
 </head>
 <body><main>
-{body}
+{unique_names(body)}
 </main></body>
 </html>
 """

@@ -12,9 +12,10 @@ from experiments import __main__ as command_line_interface
 from experiments import activations
 from experiments import compare as comparing
 from experiments import demo as demonstration
+from experiments import families as all_families
 from experiments.collect import collect, read_notes
 from experiments.compare import command_line, compare
-from experiments.grid import grid, key_of, parse_cell
+from experiments.grid import grid, key_of, original_of, parse_cell, parse_fields
 from experiments.results import read
 from knport.errors import KNPortError, UnknownName
 
@@ -227,3 +228,35 @@ def test_demo_is_a_small_comparison_on_digits(monkeypatch, tmp_path):
     assert options["batch_sizes"] == (2, 32) and options["out"] == "runs/demo"
     assert options["command"] == "python -m experiments demo"
     assert calls[1][1]["command"] == "python -m experiments demo --seeds 3 --out DIR"
+
+
+# All six families
+
+
+@pytest.mark.parametrize("scale", [all_families.SMALL, all_families.FULL], ids=["small", "full"])
+def test_cells_of_the_families(scale, tmp_path):
+    extra = all_families.cells(scale, tuple(scale.families), all_families.RIVALS, all_families.BATCH_SIZES)
+    further = parse_fields(scale.override)
+    runs = planned(tmp_path, models=(), norms=(), batch_sizes=(), seeds=(0,), extra=extra, **further)
+    assert len(runs) == 6 * 4 * 3 and {run.batch_size for run in runs} == {2, 8, 32}
+    backbones = {original_of(run.model) or run.model for run in runs}
+    assert backbones == {family.original for family in scale.families.values()} and len(backbones) == 6
+    rates = {(original_of(run.model) or run.model, run.batch_size): set() for run in runs}
+    for run in runs:
+        rates[original_of(run.model) or run.model, run.batch_size].add((run.lr, run.optimization.optimizer, run.steps))
+    assert all(len(found) == 1 for found in rates.values())  # all norms of a backbone are trained alike
+
+
+def test_families_is_a_comparison(monkeypatch):
+    calls = []
+    monkeypatch.setattr(all_families, "compare", lambda recipe, **options: calls.append(options))
+    all_families.families()
+    all_families.families(("vit",), full=True, batch_sizes=(2,), seeds=(0, 1), data_dir="elsewhere")
+    small, full = calls
+    assert (small["classes"], len(small["extra"]), small["command"]) == (20, 72, "python -m experiments families")
+    assert (full["classes"], len(full["extra"])) == (None, 4)
+    told = "python -m experiments families --only vit --batch-sizes 2 --seeds 0 1 --full --data-dir DIR"
+    assert full["command"] == told
+    for wrong in ({"only": ("vgg",)}, {"batch_sizes": (4,)}):
+        with pytest.raises(UnknownName):
+            all_families.families(**wrong)
