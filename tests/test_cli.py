@@ -38,14 +38,16 @@ def run(capsys, *args: str) -> tuple[int, str, str]:
 def test_help_names_every_command_and_waits_for_nothing():
     start = time.perf_counter()
     code = "import sys; from knport.cli import main; main(['--help']); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in COMMANDS)
     assert time.perf_counter() - start < 20  # a tenth of a second, on a machine that has nothing else to do
 
 
 def test_python_m_knport():
-    done = subprocess.run([sys.executable, "-m", "knport", "--version"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "knport", "--version"], capture_output=True, text=True, check=False, timeout=300
+    )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
 
 

@@ -57,6 +57,8 @@ def _signature_of_run(function):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_to_do():
-    done = subprocess.run([sys.executable, "-m", "experiments.benchmarks.gpu"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmarks.gpu"], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr and "tests/test_triton.py" in done.stderr

@@ -15,7 +15,9 @@ FRESH = "import sys, knport; heavy = {{'torch', 'timm', 'torchvision'}} & set(sy
 
 
 def in_a_fresh_process(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", FRESH.format(code)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH.format(code)], capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -496,4 +496,4 @@ def test_importing_knport_does_not_import_opacus():
         "except ImportError as error: assert 'knport[privacy]' in str(error), error\n"
         "else: raise SystemExit('no error')\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

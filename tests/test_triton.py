@@ -133,7 +133,7 @@ def assert_same(ours, inputs, definition, exact, **tolerance):
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "KNPORT_KERNELS": "triton"}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE), *_SLOW]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout
 
@@ -150,7 +150,7 @@ def test_every_kernel_compiles(dtype, tmp_path):
     """For compute capability 9.0, down to machine code."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parents[1])}
     command = [sys.executable, str(HERE.with_name("triton_compile.py")), dtype]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
     source = "".join(path.read_text() for path in (HERE.parents[1] / "knport/kernels").glob("triton_*.py"))
@@ -182,7 +182,7 @@ _norm_backward_kernel out_ptr
 def test_operators_show_the_compiler_their_kernels():
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     command = [sys.executable, str(HERE.with_name("triton_trace.py"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stdout == TRACED
 
@@ -640,6 +640,6 @@ def test_the_reason_is_named(monkeypatch):
 def test_a_wrong_wish_is_named():
     done = subprocess.run(
         [sys.executable, "-c", "import knport.functional, knport.kernels.dispatch"],
-        env={**os.environ, "KNPORT_KERNELS": "cuda"}, capture_output=True, text=True, cwd=HERE.parents[1],
+        env={**os.environ, "KNPORT_KERNELS": "cuda"}, capture_output=True, text=True, cwd=HERE.parents[1], timeout=300,
     )  # fmt: skip
     assert done.returncode and "KNPORT_KERNELS" in done.stderr and "eager" in done.stderr
