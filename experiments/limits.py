@@ -18,7 +18,7 @@ LEAST = {
     **dict.fromkeys(("warmup", "warmup_epochs", "seed"), 0),
 }
 SHARES = ("ema", "label_smoothing", "momentum", "dropout", "floor", "erase")  # in [0, 1)
-POSITIVE_OR_ZERO = ("mixup", "cutmix", "weight_decay", "norm_weight_decay")
+POSITIVE_OR_ZERO = ("mixup", "cutmix", "weight_decay", "norm_weight_decay", "bias_weight_decay")
 POSITIVE = ("lr", "eval_every", "clip", "epsilon")  # finite and above 0
 
 
@@ -109,7 +109,7 @@ def _check_privacy(run: Run) -> None:
             _require(getattr(privacy, name) is None, name, getattr(privacy, name), "None without --epsilon")
         _require(not privacy.secure_noise, "secure_noise", True, "False without --epsilon")
         return
-    for name, usual in (("mixup", 0), ("cutmix", 0), ("repeats", 1), ("norm_weight_decay", None)):
+    for name, usual in (("mixup", 0), ("cutmix", 0), ("repeats", 1)):
         value = run.flat()[name]
         _require(value == usual, name, value, f"{usual} with --epsilon: an image must not show in another's gradient")
     _require(run.accumulate == 1, "accumulate", run.accumulate, "1 with --epsilon (see --physical-batch-size)")

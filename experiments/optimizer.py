@@ -57,14 +57,17 @@ def build_optimizer(run: Run, net: nn.Module, *, fused: bool | None = None) -> t
 
 
 def parameter_groups(net: nn.Module, settings: OptimizationSettings) -> list[dict[str, object]]:
-    """All parameters in the model's order, in one group, or with those of norms in a second."""
-    if settings.norm_weight_decay is None:
-        return [{"params": list(net.parameters()), "weight_decay": settings.weight_decay}]
+    """All parameters in the model's order: one group, or with those of norms and other biases in groups of theirs."""
     of_norms = {id(p) for module in net.modules() if isinstance(module, NORMS) for p in module.parameters(False)}
-    others = [p for p in net.parameters() if id(p) not in of_norms]
-    norms = [p for p in net.parameters() if id(p) in of_norms]
-    groups = [{"params": others, "weight_decay": settings.weight_decay}]
-    return groups + ([{"params": norms, "weight_decay": settings.norm_weight_decay}] if norms else [])
+    kinds: dict[float, list[nn.Parameter]] = {settings.weight_decay: []}  # weight decay -> parameters
+    for path, parameter in net.named_parameters():
+        decay = None
+        if id(parameter) in of_norms:
+            decay = settings.norm_weight_decay
+        elif path.rpartition(".")[2] == "bias":
+            decay = settings.bias_weight_decay
+        kinds.setdefault(settings.weight_decay if decay is None else decay, []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in kinds.items() if parameters]
 
 
 def numbers(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:

@@ -41,11 +41,12 @@ def norm_kind(model: str, norm: str) -> str:
 
     `original` is kernel for the hand-built kernel normalized networks (names in kn..., dp_kn... and fcn_kn...), group
     for those with GroupNorm and weight standardization (ws_...), layer for normalized convolutions (nc_...), else
-    batch. Norms that the papers did not train (instance, none, ...) take the layer column, the most careful one.
+    batch. Norms that the papers did not train (instance, ...) take the layer column, the most careful one; a kernel
+    normalized network without its norm (none: the ablation) stays in its own.
     """
     name = model.rsplit("/", 1)[-1].lower().removeprefix("dp_").removeprefix("fcn_")
     own = {"kn": "kernel", "ws": "group", "nc": "layer"}.get(name[:2], "batch")
-    kinds = {"original": own, "kernel": "kernel", "batch": "batch"}
+    kinds = {"original": own, "kernel": "kernel", "batch": "batch", "none": own if own == "kernel" else "layer"}
     return kinds.get(norm, "group" if norm.startswith("group") else "layer")
 
 

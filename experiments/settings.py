@@ -37,6 +37,8 @@ class OptimizationSettings:
     """Weight decay, on all parameters as published."""
     norm_weight_decay: float | None = None
     """Weight decay of the gains and biases of norms, in its place. None: the same."""
+    bias_weight_decay: float | None = None
+    """Weight decay of all other biases, likewise."""
     schedule: Schedule = "cosine"
     """cosine to `floor`, constant within an epoch (published); cosine-step follows it step by step; poly is (1 - step /
     total)^0.9, of segmentation; step30 is x 0.1 every 30 epochs, of ImageNet; of private training:

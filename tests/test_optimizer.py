@@ -37,6 +37,10 @@ def test_norms_are_set_apart():
     expected = [p for module in (net[1], net[3], net[4]) for p in module.parameters()]
     assert [id(p) for p in norms["params"]] == [id(p) for p in expected]
     assert len(everything["params"]) == 4
+    settings = OptimizationSettings(weight_decay=0.05, norm_weight_decay=0.0, bias_weight_decay=0.0)
+    weights, rest = parameter_groups(net, settings)
+    assert [p.ndim for p in weights["params"]] == [4, 4] and len(rest["params"]) == len(list(net.parameters())) - 2
+    assert len(parameter_groups(net, OptimizationSettings(bias_weight_decay=1e-5))) == 2
     assert len(parameter_groups(net, OptimizationSettings())) == 1
     assert len(parameter_groups(nn.Sequential(KNConv2d(3, 4, 3)), OptimizationSettings(norm_weight_decay=0.0))) == 1
 

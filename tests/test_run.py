@@ -11,7 +11,7 @@ import torch
 
 from experiments import recipes
 from experiments.__main__ import main
-from experiments.recipe import tabulated
+from experiments.recipe import depth, norm_kind, tabulated
 from experiments.run import Run, differences, resolve
 from experiments.schedule import learning_rate
 from experiments.settings import OptimizationSettings
@@ -37,6 +37,50 @@ def test_published_learning_rates(model, norm, batch_size, lr):
     assert run.scaling == ("unit" if "kn" in model or norm == "kernel" else "standard")
     published = OptimizationSettings(weight_decay=5e-4, momentum=0.9, schedule="cosine")
     assert (run.epochs, run.optimization) == (150, published)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "norm", "published"),
+    [
+        ("cifar100_v1", "knresnet50_v1", "original", (32, 150, 0.05, "unit", 5e-4, "cosine", 0.01)),
+        ("cifar100_v1", "baseline_resnet18", "group_of_32", (32, 150, 0.0125, "standard", 5e-4, "cosine", 0.01)),
+        ("cifar10_readme", "knresnet18", "original", (32, 75, 0.05, "unit", 0.0, "cosine", 0.01)),
+        ("cifar10_nc", "nc_resnet18", "original", (2, 50, 0.01, "standard", 0.0, "step30", 0.01)),
+        ("imagenet", "knresnet18", "original", (256, 100, 0.1, "standard", 1e-4, "step30", 0.01)),
+        ("imagenet_v1", "knresnet18_v1", "original", (32, 100, 0.0125, "unit", 1e-4, "cosine", 0.01)),
+        ("imagenet_v1", "knresnet50_v1", "original", (32, 100, 0.01, "unit", 1e-4, "cosine", 0.001)),
+        ("imagenet_v1", "baseline_resnet50", "layer", (32, 100, 0.0125, "standard", 1e-4, "cosine", 0.01)),
+        ("imagenet_convnext", "knconvnext_tiny", "original", (1024, 600, 1e-3, "standard", 0.05, "cosine", 0.0)),
+    ],
+)
+def test_published_recipes(recipe, model, norm, published):
+    run = resolve(recipe, model=model, norm=norm)
+    settings = run.optimization.weight_decay, run.optimization.schedule, run.optimization.floor
+    assert (run.batch_size, run.epochs, run.lr, run.scaling, *settings) == published
+
+
+@pytest.mark.parametrize(
+    ("model", "row"),
+    [
+        ("knresnet18", "18"), ("knresnet50_v1", "50"), ("preact_resnet34", "pre34"), ("timm/resnetv2_50", "pre50"),
+        ("baseline_resnet34", "34"), ("cifar_resnet8x2", "18"), ("torchvision/resnet101", "18"), ("nc_resnet50", "50"),
+    ],
+)  # fmt: skip
+def test_the_row_of_a_network(model, row):
+    assert depth(model) == row
+
+
+@pytest.mark.parametrize(
+    ("model", "norm", "kind"),
+    [
+        ("fcn_knresnet18", "original", "kernel"), ("dp_knresnet8", "original", "kernel"),
+        ("timm/resnet18", "kernel", "kernel"), ("timm/resnet18", "original", "batch"), ("x", "group_of_32", "group"),
+        ("x", "group_ws", "group"), ("ws_resnet18", "original", "group"), ("nc_resnet18", "original", "layer"),
+        ("knresnet50", "none", "kernel"), ("x", "none", "layer"), ("x", "instance", "layer"),
+    ],
+)  # fmt: skip
+def test_the_column_of_a_norm(model, norm, kind):
+    assert norm_kind(model, norm) == kind
 
 
 def test_cifar10_defaults():
@@ -110,7 +154,7 @@ def test_help_is_fast_because_torch_is_not_imported():
         "assert 'torch' not in sys.modules"
     )
     for args in ([], ["train", "cifar10", "--model", "knresnet18", "--help"]):
-        done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert "usage: python -m experiments" in done.stdout
     assert "(default: 0.1)" in done.stdout  # the recipe's learning rate for this model
