@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from picture_files import picture, write_imagenet
+from processes import needs_fork, run_two
+from safetensors.torch import load_file
+from test_resume import at_step, contents, crash
 from torch import nn
 from torchvision import transforms
 from torchvision.transforms import autoaugment
@@ -226,21 +229,37 @@ def test_the_task_of_a_recipe():
     assert issubclass(Pictures, Classification)
 
 
-def test_the_600_epoch_recipe_goes_on_to_the_same_bits(tmp_path, images, monkeypatch):
-    from test_resume import at_step, contents, crash
-
+@pytest.fixture
+def small_network(monkeypatch):
     def small(*args, num_classes: int, **kwargs) -> nn.Sequential:
         pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return nn.Sequential(KNConv2d(3, 8, 3, 2), nn.GroupNorm(1, 8), nn.GELU(), *pool, nn.Linear(8, num_classes))
+        conv = KNConv2d(3, 8, 3, 2, dropout=0.05 if kwargs["dropout"] is None else kwargs["dropout"])
+        return nn.Sequential(conv, nn.GroupNorm(1, 8), nn.GELU(), *pool, nn.Linear(8, num_classes))
 
     monkeypatch.setattr("experiments.train.build", small)
     monkeypatch.setattr("experiments.run_folder._commit", lambda: None)  # git
-    settings = SMALL | {"batch_size": 8, "steps": 9, "checkpoint_every": 4, "data_dir": str(tmp_path)}
-    runs = [resolve("imagenet_convnext", run_dir=str(tmp_path / name), **settings) for name in ("whole", "crashed")]
-    train(runs[0], quiet=True)
+
+
+def convnext(tmp_path, name: str, **settings):
+    settings = SMALL | {"batch_size": 8, "steps": 9, "checkpoint_every": 4, "data_dir": str(tmp_path)} | settings
+    return resolve("imagenet_convnext", run_dir=str(tmp_path / name), **settings)
+
+
+def test_the_600_epoch_recipe_goes_on_to_the_same_bits(tmp_path, images, small_network, monkeypatch):
+    train(convnext(tmp_path, "whole"), quiet=True)
     with monkeypatch.context() as patch:
         at_step(patch, 6, crash)
         with pytest.raises(RuntimeError, match="plug"):
-            train(runs[1], quiet=True)
-    train(runs[1], quiet=True)
+            train(convnext(tmp_path, "crashed"), quiet=True)
+    train(convnext(tmp_path, "crashed"), quiet=True)
     assert contents(tmp_path / "crashed") == contents(tmp_path / "whole")
+
+
+@needs_fork
+def test_the_600_epoch_recipe_is_the_same_on_two_processes(tmp_path, images, small_network):
+    settings = {"dropout": 0.0, "warmup_epochs": 1}
+    train(convnext(tmp_path, "one", **settings), quiet=True)
+    two = convnext(tmp_path, "two", processes=2, **settings)
+    run_two(lambda: train(two, quiet=True), tmp_path / "processes")
+    found, expected = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("two", "one"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
