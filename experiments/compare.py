@@ -19,8 +19,9 @@ from experiments import activations, data, predictions, tables, terminal
 from experiments.backbones import statement
 from experiments.collect import collect, cost_key, read_notes, write_notes
 from experiments.cost import Batch, Network, cost_device, measure
-from experiments.grid import grid, key_of, original_of, parse_fields, planned_row
+from experiments.grid import grid, key_of, parse_fields, planned_row
 from experiments.models import build as build_model
+from experiments.originals import original_of
 from experiments.report import report
 from experiments.results import Cost, write
 from experiments.run import Run

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from experiments import activations, predictions, privacy_report
 from experiments.collect import NOTES, collect, read_json
+from experiments.originals import with_originals
 from experiments.results import Results, read
 from experiments.tables import Section
 from knport.errors import KNPortError
@@ -84,7 +85,7 @@ def _split(folder: Path, results: Results) -> list[Comparison]:
     stages, pictures = read_stages(folder), _read_predictions(folder)
     found = []
     for recipe in dict.fromkeys(row.recipe for row in results.rows):
-        rows = tuple(row for row in results.rows if row.recipe == recipe)
+        rows = with_originals(row for row in results.rows if row.recipe == recipe)
         curves = tuple(line for line in results.curves if line.get("recipe", recipe) == recipe)
         networks = {(row.model, row.norm, row.batch_size) for row in rows}
         mine = tuple(stage for stage in stages if stage[:3] in networks)

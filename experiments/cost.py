@@ -9,6 +9,7 @@ within a round.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections import Counter
@@ -93,11 +94,14 @@ def measure(
 
 
 def describe(model: nn.Module, image_shape: tuple[int, int, int]) -> Cost:
-    """What is known without running on the target: parameters, MACs of one (C, H, W) image, the kind of norm."""
-    model = model.eval()
-    parameter = next(model.parameters())
+    """What is known without running on the target: parameters, MACs of one (C, H, W) image, the kind of norm.
+
+    MACs are counted on the meta device, where kernel normalization is made of plain operators: some devices take their
+    box means as matrix products, which are no work of convolutions or linear layers.
+    """
+    counted = copy.deepcopy(model).eval().to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *image_shape, device=parameter.device))
+        counted(torch.zeros(1, *image_shape, device="meta"))
     parameters = sum(p.numel() for p in model.parameters())
     return Cost(norm_family=norm_family(model), parameters=parameters, macs=counter.get_total_flops() // 2)
 

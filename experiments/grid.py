@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import architectures
+from experiments.originals import original_of
 from experiments.results import Key, Row
 from experiments.run import DEFAULTS, Run, resolve
 from experiments.tasks import task_of
@@ -95,20 +95,6 @@ def planned_row(run: Run, command: str, *, status: str = "not run", reason: str 
     ends = {"command": command, "status": status, "reason": reason}
     known = {"recipe": run.recipe, "original": original_of(run.model), "score": task_of(run).score}
     return Row(**known, **key_of(run)._asdict(), **setting, **images, **ends)
-
-
-def original_of(model: str) -> str:
-    """The network that a hand-built one is compared with, "" where that is itself."""
-    if model in NORMALIZED:
-        return NORMALIZED[model]
-    return (architectures.original_of(model) or "") if model in architectures.list_models() else ""
-
-
-# Networks of other hand-built norms, and their originals
-NORMALIZED = {
-    "nc_cifar_resnet8x2": "cifar_resnet8x2",
-    **{f"{kind}_resnet{depth}": f"baseline_resnet{depth}" for kind in ("nc", "nc_ws", "ws") for depth in (18, 50)},
-}
 
 
 _EXAMPLE = "knresnet18:original:32:epochs=2"

@@ -88,7 +88,12 @@ def _cell(cell: Text, dots: dict[str, str]) -> str:
     text = escape(cell.text)
     if cell.text.startswith("python "):
         text = f"<code>{text}</code>"
+    elif cell.text in dots:  # which stays with the first word
+        first, _, rest = text.partition(" ")
+        text = f'<span class="key">{dots[cell.text]}{first}</span> {rest}'.rstrip()
+    else:
+        text = text.replace("_", "_<wbr>")
     text = f"<strong>{text}</strong>" if cell.strong else text
     quiet = ' class="quiet"' if cell.text in STATES else ""
     small = f" <small>{escape(cell.small)}</small>" if cell.small else ""
-    return f"<span{quiet}>{dots.get(cell.text, '')}{text}</span>{small}"
+    return f"<span{quiet}>{text}</span>{small}"

@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from experiments import backbones, page, plots, tables
+from experiments.originals import with_originals
 from experiments.results import Row, read, write_text
 from experiments.summary import batch_sizes_of, metric_of, series_of
 from knport.errors import KNPortError
@@ -30,7 +31,7 @@ def readme_table(
     Raises:
         KNPortError: no such CSV, or no markers in the README.
     """
-    rows = read(csv).rows
+    rows = with_originals(read(csv).rows)
     picture = csv.with_name(PICTURE)
     text = updated(readme.read_text(encoding="utf-8"), section(rows, csv.as_posix(), picture.as_posix()))
     write_text(picture, drawing(rows))
@@ -45,7 +46,7 @@ def drawing(rows: Sequence[Row]) -> str:
 
 
 def _several(rows: Sequence[Row]) -> bool:
-    return len({row.backbone for row in rows}) >= backbones.SEVERAL
+    return len({one.backbone for one in series_of(rows)}) >= backbones.SEVERAL
 
 
 def updated(text: str, content: str) -> str:

@@ -16,6 +16,7 @@ import tyro
 from experiments import activations, page, paper_report, tables
 from experiments.backbones import statement
 from experiments.comparison import Comparison, Found, find, holds_runs, is_comparison, read_stages
+from experiments.originals import with_originals
 from experiments.paper_table import SOURCE
 from experiments.published import setting_of
 from experiments.results import COLUMNS, Results, Row, read, write, write_text
@@ -132,7 +133,7 @@ def _reread(folder: Path, found: Found) -> Found:
     comparisons = []
     for one in found.comparisons:
         recipe = one.results.rows[0].recipe
-        rows = tuple(row for row in results.rows if row.recipe == recipe)
+        rows = with_originals(row for row in results.rows if row.recipe == recipe)
         curves = tuple(line for line in results.curves if line["recipe"] == recipe)
         stages = activations.read(folder / activations.FILE) if one.stages else ()
         comparisons.append(one._replace(results=Results(rows, curves), stages=tuple(stages)))

@@ -11,7 +11,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from experiments.published import published
@@ -147,7 +147,13 @@ def metric_of(rows: Iterable[Row]) -> Metric:
 
 
 def series_of(rows: Iterable[Row]) -> list[Series]:
-    """Group rows by network, in the order in which networks first appear, `original` first within a model."""
+    """Group rows by network, in the order in which backbones first appear, within each the original first.
+
+    A network whose original is not among the rows is a backbone of its own.
+    """
+    rows = list(rows)
+    present = {row.model for row in rows}
+    rows = [row if row.original in present else replace(row, original="") for row in rows]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.model, row.norm), []).append(row)

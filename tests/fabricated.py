@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 from experiments.collect import write_notes
@@ -53,3 +54,8 @@ def cost(norm: str) -> Cost:
     slow = {"slowdown": ratio, "slowdown_q20": ratio, "slowdown_q80": ratio * 1.1}
     static = {"parameters": 78042, "macs": 789_504, "saved_mib": 3.2 * ratio, "peak_mib": 5.6 * ratio}
     return Cost(norm_family=FAMILIES[norm], cost_device="cpu", **time, **slow, **static)
+
+
+def words_of(page: str) -> str:
+    """A page's text, without the tags inside of words and names."""
+    return re.sub(r"<wbr>|</?span[^>]*>", "", page)

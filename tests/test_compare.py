@@ -15,7 +15,8 @@ from experiments import demo as demonstration
 from experiments import families as all_families
 from experiments.collect import collect, read_notes
 from experiments.compare import command_line, compare
-from experiments.grid import grid, key_of, original_of, parse_cell, parse_fields
+from experiments.grid import grid, key_of, parse_cell, parse_fields
+from experiments.originals import original_of
 from experiments.results import read
 from knport.errors import KNPortError, UnknownName
 

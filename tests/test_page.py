@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fabricated import comparison, run_folder
+from fabricated import comparison, run_folder, words_of
 from test_report import APART, SUBSET, row
 
 from experiments import activations, backbones, paper_report, paper_tables, tables
 from experiments.comparison import find, is_comparison
+from experiments.originals import with_originals
 from experiments.paper_table import TMLR, V1
 from experiments.plots_cost import COSTS, cost_plots, points_of
 from experiments.report import COMMITTED, committed, report
@@ -22,7 +23,7 @@ from experiments.summary import metric_of, series_of
 from knport.errors import KNPortError
 
 ROOT = Path(__file__).parents[1]
-VOID = {"meta", "img", "br", "path", "use", "rect", "circle", "line", "polyline"}
+VOID = {"meta", "img", "br", "wbr", "path", "use", "rect", "circle", "line", "polyline"}
 FULL = {"recipe": "cifar100", "model": "knresnet18", "norm_family": "kernel", "classes": 100, "epochs": 150}
 
 
@@ -93,7 +94,7 @@ def test_every_name_on_the_page_is_of_one_thing(everything):
 
 
 def test_the_page_shows_every_committed_comparison(everything):
-    text = everything.read_text(encoding="utf-8")
+    text = words_of(everything.read_text(encoding="utf-8"))
     folders = committed(ROOT / COMMITTED)
     assert {"cifar100", "nc"} <= {folder.name for folder in folders} and "sweep" not in {f.name for f in folders}
     for folder in folders:
@@ -235,6 +236,13 @@ def test_several_backbones_are_counted():
 def test_a_hand_built_network_stands_with_its_original():
     found = [(one.model, one.norm) for one in series_of(families({"a": 60.0, "b": 40.0})[::-1])]
     assert found == [(m, n) for x in "ba" for m, n in ((x, "original"), (x, "group"), (f"kn{x}", "original"))]
+
+
+def test_an_original_that_is_not_there_is_no_backbone():
+    alone = [row(model="knresnet18", original="baseline_resnet18", norm_family="kernel")]
+    assert [one.backbone for one in series_of(alone)] == ["knresnet18"]
+    older = [row(model="cifar_resnet8x2"), row(model="kncifar_resnet8x2", norm_family="kernel", top1=60.0)]
+    assert {one.backbone for one in series_of(with_originals(older))} == {"cifar_resnet8x2"}
 
 
 def test_cost_pictures_show_networks_with_cost_and_score(tmp_path):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fabricated import comparison, cost, run_folder
+from fabricated import comparison, cost, run_folder, words_of
 
 from experiments import plots, tables
 from experiments.collect import collect
@@ -89,7 +89,7 @@ def test_page_needs_nothing_else(apart):
 
 
 def test_page_shows_the_numbers_of_the_table(apart):
-    page = report(apart).read_text()
+    page = words_of(report(apart).read_text())
     for line in tables.accuracy(load(apart).rows).rows:
         for cell in line:
             assert cell.text in page
