@@ -28,18 +28,15 @@ class DamagedCheckpoint(KNPortError):
 def write(folder: Path, tensors: Tensors, state: dict[str, Any], *, previous: Path | None = None) -> None:
     """Write `folder` under a temporary name, then rename it; what was there becomes `previous`, or goes.
 
-    A process killed at any moment leaves a complete `folder` or, between the two renames, a complete `previous`.
+    A process killed at any moment leaves a complete `folder` or, between the two renames, a complete `previous`. So
+    does one that cannot write, which raises `OSError`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for name, group in tensors.items():
-        # copies: safetensors refuses tensors that share memory, and tied weights do
-        save_file(
-            {key: value.detach().cpu().clone().contiguous() for key, value in group.items()},
-            partial / f"{name}.safetensors",
-        )
+        _save(group, partial / f"{name}.safetensors")
     (partial / "state.json").write_text(json.dumps(state))
     sums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
     (partial / SUMS).write_text(json.dumps(sums, indent=1))
@@ -75,6 +72,15 @@ def newest(folders: list[Path]) -> tuple[Path | None, Tensors, dict[str, Any], l
     if problems:
         raise DamagedCheckpoint("; ".join(problems) + "; delete the run folder to start again")
     return None, {}, {}, problems
+
+
+def _save(group: dict[str, Tensor], path: Path) -> None:
+    # copies: safetensors refuses tensors that share memory, and tied weights do
+    copies = {key: value.detach().cpu().clone().contiguous() for key, value in group.items()}
+    try:
+        save_file(copies, path)
+    except SafetensorError as error:  # how it says that the disk is full
+        raise OSError(f"{path}: {error}") from error
 
 
 def _replace(partial: Path, folder: Path, previous: Path | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
 
 from experiments import data
 from experiments.loop import Loop
@@ -41,9 +42,22 @@ def train(run: Run, *, quiet: bool = False, sets: data.Pair | None = None) -> di
     best_miou``; ``test_loss, train_loss``, ``steps, epochs``, and ``seconds`` of training without evaluation. All but
     the best are of the last step, as in the papers.
 
-    Raises: `KNPortError` for bad values, data or folders, or a loss that is not finite (`NonFiniteLoss`);
-    `TrainingStopped`, a `SystemExit`, after SIGTERM or Ctrl-C once the state is saved.
+    Raises: `KNPortError` for bad values, data or folders, a loss that is not finite (`NonFiniteLoss`), or a folder
+    that cannot be written; `TrainingStopped`, a `SystemExit`, after SIGTERM or Ctrl-C once the state is saved.
     """
+    try:
+        return _open_and_train(run, quiet, sets)
+    except OSError as error:
+        failure = KNPortError(
+            f"{run.run_dir}: {error}. What was saved before is whole: make room, or the folder writable, and the same"
+            " command goes on from there"
+        )
+        for note in getattr(error, "__notes__", ()):
+            failure.add_note(note)
+        raise failure from error
+
+
+def _open_and_train(run: Run, quiet: bool, sets: data.Pair | None) -> dict[str, Any]:
     run.validate()
     task_of(run).check(run)
     folder = RunFolder(run)
@@ -94,18 +108,7 @@ def _train(
     reset_peak_memory(accelerator.device)
     torch.manual_seed(fold(run.seed, "init"))
     task = task_of(run)(run, train_set, accelerator)
-    net = build(
-        run.model,
-        run.norm,
-        **task.network(),
-        dropout=run.dropout,
-        dropout_form=run.dropout_form,
-        activation=run.activation,
-    )
-    if run.private:
-        check_model(net, run)
-    if run.segmentation.sync_batchnorm:
-        net = synchronize_batchnorm(net, accelerator.device, accelerator.num_processes)
+    net = _network(run, task, accelerator)
     content = {
         "environment": here,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
@@ -127,6 +130,10 @@ def _train(
     except NonFiniteLoss as error:
         write(content | {"status": "failed", "error": str(error)})
         raise
+    except (KNPortError, OSError) as error:
+        if accelerator.num_processes > 1:
+            error.add_note(f"(process {accelerator.process_index})")  # the others may know nothing of it
+        raise
     finally:
         report.close()
     result = _result(folder, loop)
@@ -135,6 +142,17 @@ def _train(
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result
+
+
+def _network(run: Run, task: Any, accelerator: Accelerator) -> nn.Module:
+    """The model of the run on the CPU, as it is before the first step."""
+    options = {"dropout": run.dropout, "dropout_form": run.dropout_form, "activation": run.activation}
+    net = build(run.model, run.norm, **task.network(), **options)
+    if run.private:
+        check_model(net, run)
+    if run.segmentation.sync_batchnorm:
+        net = synchronize_batchnorm(net, accelerator.device, accelerator.num_processes)
+    return net
 
 
 def _note_changes(run: Run, before: dict[str, Any], here: dict[str, Any], report: Report) -> None:

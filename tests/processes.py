@@ -52,9 +52,11 @@ class Processes:
             code = stopped.code
         except BaseException:
             traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+        finally:  # whatever happens, this copy of the tests ends here
+            try:
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
 
     @staticmethod
     def _redirect(log: Path) -> None:
