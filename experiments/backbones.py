@@ -17,6 +17,7 @@ from experiments.summary import (
     format_cell,
     headline,
     main_budget,
+    rankings,
     series_of,
 )
 from experiments.tables import Table, Text, budget_mark
@@ -39,11 +40,9 @@ def statement(rows: Sequence[Row]) -> str:
 
 
 def _outcomes(series: Sequence[Series], size: int) -> list[str]:
-    """Of each backbone that has kernel normalization and a rival under the main budget: ahead, level or behind."""
-    main = main_budget(series, size)
-    here = [one for one in series if size in one.cells and one.cells[size].values and one.cells[size].budget == main]
+    """Of each backbone with kernel normalization and a rival under the same budget: ahead, level or behind."""
     found = []
-    for group in groups(here):
+    for group in rankings(list(series), size):
         kernel = [one.cells[size] for one in group if one.kind == "kernel"]
         rivals = [one.cells[size] for one in group if one.kind != "kernel"]
         if kernel and rivals:
@@ -77,12 +76,13 @@ def matrix(rows: Sequence[Row], batch_size: int) -> Table:
     lines = []
     for group in groups(series):
         cells = {one.label: one.cells[batch_size] for one in group}
-        ranked = [cell.mean for cell in cells.values() if cell.mean is not None and cell.budget == main]
+        own = main_budget(group, batch_size)
+        ranked = [cell.mean for cell in cells.values() if cell.mean is not None and cell.budget == own]
         line = [Text(group[0].backbone)]
         for label in labels:
             cell = cells.get(label)
             mark = budget_mark(cell, main) if cell and cell.values else ""
-            best = bool(cell and len(ranked) > 1 and not mark and cell.mean == max(ranked))
+            best = bool(cell and len(ranked) > 1 and cell.budget == own and cell.mean == max(ranked))
             small = f"n={len(cell.values)}" if cell and cell.values else ""
             line.append(Text((format_cell(cell) if cell else "") + mark, best, small))
         lines.append(tuple(line))
@@ -96,9 +96,8 @@ def _place(label: str, series: Sequence[Series]) -> tuple[bool, int]:
 
 
 def picture(rows: Sequence[Row]) -> str:
-    """SVG on its own: score against batch size, a panel for each backbone, on one scale."""
+    """SVG on its own: score against batch size, a panel for each backbone."""
     series, sizes = series_of(rows), batch_sizes_of(rows)
-    main = {size: main_budget(series, size) for size in sizes}
     members = [group for group in groups(series) if any(cell.values for one in group for cell in one.cells.values())]
     columns = min(COLUMNS, len(members))
     height = math.ceil(len(members) / columns)
@@ -108,6 +107,7 @@ def picture(rows: Sequence[Row]) -> str:
     handles: dict[str, object] = {}
     for axes, group in zip(grid, members, strict=False):
         plots.plain(axes)
+        main = {size: main_budget(group, size) for size in sizes}
         handles |= plots.accuracy_lines(axes, group, sizes, main)
         axes.set_title(group[0].backbone, fontsize=9.5, color=plots.INK, loc="left")
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
@@ -116,5 +116,5 @@ def picture(rows: Sequence[Row]) -> str:
         axes.set_axis_off()
     figure.supxlabel("batch size", fontsize=9.5, color=plots.INK)
     figure.supylabel(plots.score_of(series).axis, fontsize=9.5, color=plots.INK)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return plots.to_svg(figure, themed=False)

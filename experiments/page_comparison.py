@@ -53,12 +53,6 @@ def accuracy_title(series: Sequence[Series], sizes: Sequence[int]) -> str:
     return f"From batch size {sizes[-1]} to {sizes[0]}: {texts} points"
 
 
-def drawn(group: Sequence[Series], series: Sequence[Series], sizes: Sequence[int]) -> bool:
-    """Whether the picture of a backbone would show anything: a score under the main budget of its column."""
-    main = {size: main_budget(series, size) for size in sizes}
-    return any(cell.values and cell.budget == main[size] for one in group for size, cell in one.cells.items())
-
-
 def _name(rows: Sequence[Row]) -> str:
     name = metric_of(rows).name
     return "Accuracy" if name == "top-1 accuracy" else name[0].upper() + name[1:]
@@ -69,11 +63,10 @@ def _caption(group: Sequence[Series], groups: Sequence[Sequence[Series]]) -> str
 
 
 def _scores(rows: Sequence[Row], series: Sequence[Series], sizes: Sequence[int]) -> str:
-    groups = [group for group in groups_of(series) if drawn(group, series, sizes)]
-    main = {size: main_budget(series, size) for size in sizes}
-    pictures = []
-    if len(sizes) > 1:
-        pictures = [figure(plots.accuracy_plot(group, sizes, main=main), _caption(group, groups)) for group in groups]
+    groups = groups_of(series)
+    groups = [group for group in groups if len(group) > 1] or groups
+    pictures = [figure(plots.accuracy_plot(group, sizes), _caption(group, groups)) for group in groups]
+    pictures = pictures if len(sizes) > 1 else []
     chips = [_chips(series)] if len(groups) <= BESIDE else []
     further = tables.further(rows)
     more = folded("Further measures", table(further, series)) if further else ""

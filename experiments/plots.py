@@ -56,21 +56,14 @@ def themes() -> tuple[dict[str, str], dict[str, str]]:
     return {css_name(s[0]): s[0] for s in styles}, {css_name(s[0]): s[1] for s in styles}
 
 
-def accuracy_plot(
-    series: Sequence[Series],
-    batch_sizes: Sequence[int],
-    *,
-    main: Mapping[int, tuple] | None = None,
-    themed: bool = True,
-) -> str:
+def accuracy_plot(series: Sequence[Series], batch_sizes: Sequence[int], *, themed: bool = True) -> str:
     """SVG: the score against batch size, a line per network, bars of one SD where there are seeds for it.
 
-    Cells of another budget than their column's are left to the table: a line to them would show the budget. `main` is
-    that of each batch size, by default of most of these networks.
+    Cells of another budget than most at their batch size are left to the table: a line to them would show the budget.
     """
     figure, axes = panel()
     labels = []
-    main = main or {size: main_budget(series, size) for size in batch_sizes}
+    main = {size: main_budget(series, size) for size in batch_sizes}
     for one, line in zip(series, _lines(axes, series, batch_sizes, main), strict=True):
         if line is not None:
             x, y = line.lines[0].get_data()

@@ -184,7 +184,7 @@ def main_budget(series: Iterable[Series], batch_size: int) -> tuple:
 
 def best_norms(series: list[Series], batch_size: int) -> set[tuple[str, str]]:
     """The (model, norm) with the highest mean of each backbone that has at least two comparable norms."""
-    return {(ranked[0].model, ranked[0].norm) for ranked in _rankings(series, batch_size) if len(ranked) > 1}
+    return {(ranked[0].model, ranked[0].norm) for ranked in rankings(series, batch_size) if len(ranked) > 1}
 
 
 def clearly_apart(a: Cell, b: Cell) -> bool:
@@ -197,16 +197,16 @@ def headline(rows: Iterable[Row]) -> str:
     """One sentence on the first backbone that has several norms: who is ahead at each batch size, and is it clear."""
     rows = list(rows)
     series = series_of(rows)
-    rankings = {size: ranked[0] for size in batch_sizes_of(rows) if (ranked := _rankings(series, size))}
-    rankings = {size: ranked for size, ranked in rankings.items() if len(ranked) > 1}
-    if not rankings:
+    firsts = {size: ranked[0] for size in batch_sizes_of(rows) if (ranked := rankings(series, size))}
+    firsts = {size: ranked for size, ranked in firsts.items() if len(ranked) > 1}
+    if not firsts:
         return "No two norms of one model have finished at the same batch size and budget yet."
-    first = next(iter(rankings.values()))[0].backbone
-    rankings = {size: ranked for size, ranked in rankings.items() if ranked[0].backbone == first}
-    text = "; ".join(_verdict(ranked, size) for size, ranked in rankings.items())
+    first = next(iter(firsts.values()))[0].backbone
+    firsts = {size: ranked for size, ranked in firsts.items() if ranked[0].backbone == first}
+    text = "; ".join(_verdict(ranked, size) for size, ranked in firsts.items())
     if len({s.backbone for s in series}) > 1:
         text = f"{first}: {text}"
-    seeds = min(len(s.cells[size].values) for size, ranked in rankings.items() for s in ranked)
+    seeds = min(len(s.cells[size].values) for size, ranked in firsts.items() for s in ranked)
     text = text if ":" in text else text[0].upper() + text[1:]
     return text + ("." if seeds > 1 else " (one seed: its spread is not known).")
 
@@ -230,14 +230,18 @@ def _series(model: str, norm: str, rows: list[Row]) -> Series:
     return Series(model=model, norm=norm, family=family, cells=cells, original=rows[0].original)
 
 
-def _rankings(series: list[Series], batch_size: int) -> list[list[Series]]:
-    """Per backbone, its networks with a result under the main budget, best first; those with several norms first."""
-    main = main_budget(series, batch_size)
-    here = [s for s in series if batch_size in s.cells and s.cells[batch_size].budget == main and main]
-    here.sort(key=lambda s: -s.cells[batch_size].mean)
-    backbones = dict.fromkeys(s.backbone for s in series)
-    rankings = [[s for s in here if s.backbone == backbone] for backbone in backbones]
-    return sorted(filter(None, rankings), key=lambda ranked: len(ranked) < 2)
+def rankings(series: list[Series], batch_size: int) -> list[list[Series]]:
+    """Per backbone, its networks with a result under its main budget, best first; those with several norms first."""
+    groups: dict[str, list[Series]] = {}
+    for one in series:
+        if batch_size in one.cells:
+            groups.setdefault(one.backbone, []).append(one)
+    found = []
+    for group in groups.values():
+        main = main_budget(group, batch_size)
+        here = [one for one in group if one.cells[batch_size].budget == main and main]
+        found.append(sorted(here, key=lambda one: -one.cells[batch_size].mean))
+    return sorted(filter(None, found), key=lambda ranked: len(ranked) < 2)
 
 
 def _verdict(ranked: list[Series], batch_size: int) -> str:

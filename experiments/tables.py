@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from experiments.results import Row
-from experiments.summary import Cell, batch_sizes_of, best_norms, format_cell, main_budget, series_of
+from experiments.summary import Cell, batch_sizes_of, best_norms, format_cell, main_budget, rankings, series_of
 
 OTHER_BUDGET = "†"
 
@@ -111,7 +111,7 @@ def costs(rows: Iterable[Row]) -> Table:
             row = next((r for r in rows if (r.model, r.norm, r.batch_size) == (one.model, one.norm, size)), None)
             if row and (row.parameters or row.ms_per_step):
                 lines.append((Text(str(size)), Text(one.model), Text(one.label), *_cost_cells(row)))
-    return _without_single_model(Table(header, tuple(lines), names=3))
+    return _without_single_model(_without_blank_columns(Table(header, tuple(lines), names=3)))
 
 
 def settings(rows: Iterable[Row]) -> Table:
@@ -148,10 +148,16 @@ def remarks(rows: Iterable[Row]) -> list[str]:
     for size in batch_sizes_of(rows):
         main = main_budget(series, size)
         cells = [(s, s.cells[size]) for s in series if size in s.cells]
-        other = [f"{s.model} {s.label}" for s, cell in cells if cell.finished and cell.budget != main]
+        ranked = {(s.model, s.norm) for found in rankings(series, size) if len(found) > 1 for s in found}
+        other = [(s, f"{s.model} {s.label}") for s, cell in cells if cell.finished and cell.budget != main]
+        alone = [name for s, name in other if (s.model, s.norm) not in ranked]
+        together = [name for s, name in other if (s.model, s.norm) in ranked]
         mixed = [f"{s.model} {s.label}" for s, cell in cells if len({(r.lr, r.steps) for r in cell.finished}) > 1]
-        if other:
-            notes.append(f"{OTHER_BUDGET} {', '.join(other)} at batch size {size}: another budget, not ranked.")
+        if alone:
+            notes.append(f"{OTHER_BUDGET} {', '.join(alone)} at batch size {size}: another budget, not ranked.")
+        if together:
+            names = ", ".join(together)
+            notes.append(f"{OTHER_BUDGET} {names} at batch size {size}: another budget, ranked among themselves.")
         if mixed:
             notes.append(f"{', '.join(mixed)} at batch size {size}: the seeds differ in budget or learning rate.")
     return notes

@@ -245,6 +245,20 @@ def test_an_original_that_is_not_there_is_no_backbone():
     assert {one.backbone for one in series_of(with_originals(older))} == {"cifar_resnet8x2"}
 
 
+@pytest.mark.parametrize(
+    ("model", "norm", "kind"),
+    [
+        ("kncifar_resnet8x2", "original", "kernel"), ("knvit_test", "original", "kernel"),
+        ("nc_cifar_resnet8x2", "original", "normalized"), ("timm/test_resnet", "original", "batch"),
+        ("torchvision/resnet18", "original", "batch"), ("timm/test_resnet", "group_ws", "group_ws"),
+        ("baseline_vit_test", "original", "layer"), ("gone_since", "original", ""),
+    ],
+)  # fmt: skip
+def test_the_kind_of_norm_is_known_without_costs(model, norm, kind):
+    (found,) = with_originals([row(norm, model=model, norm_family="")])
+    assert found.norm_family == kind and series_of([found])[0].kind == kind
+
+
 def test_cost_pictures_show_networks_with_cost_and_score(tmp_path):
     rows = find(comparison(tmp_path, APART, **SUBSET)).comparisons[0].results.rows
     series = series_of(rows)
