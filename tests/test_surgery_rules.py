@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -66,7 +66,79 @@ def test_the_convolution_keeps_its_weights_and_gains_a_bias():
     assert torch.equal(new[0].weight, old[0].weight) and torch.equal(new[0].bias, torch.zeros(8))
     biased = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     assert torch.equal(convert(biased, example_inputs=X)[0].bias, biased[0].bias)
-    assert "gain and bias dropped" in verdict(old, "1").reason and "starts at 0" in verdict(old, "0").reason
+    assert "gain and bias folded into 0" in verdict(old, "1").reason and "starts at 0" in verdict(old, "0").reason
+
+
+def affine(norm: nn.Module) -> nn.Module:
+    """The norm with a gain and a bias that training might have given it."""
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.uniform_(norm.bias, -1, 1)
+    return norm
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("init", ["embed", "fresh"])
+def test_gain_and_bias_of_the_norm_behind_go_into_the_weights(size, init):
+    conv, norm = nn.Conv2d(3, 8, size, padding=size // 2), affine(nn.BatchNorm2d(8))
+    plain, with_affine = (
+        nn.Sequential(copy.deepcopy(conv), norm, nn.ReLU(), nn.Conv2d(8, 8, 3))
+        for norm in (nn.BatchNorm2d(8), copy.deepcopy(norm))
+    )
+    x, outputs = torch.randn(2, 3, 9, 9), []
+    for model in (plain, with_affine):
+        torch.manual_seed(1)  # of a fresh kernel
+        outputs.append(convert(model, KNConfig(init=init, dropout=0), example_inputs=X)[0](x))
+    expected = outputs[0] * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+    torch.testing.assert_close(outputs[1], expected, atol=1e-5, rtol=1e-5)
+    assert "folded into 0" in verdict(with_affine, "1").reason
+
+
+def test_a_branch_that_begins_at_zero_still_does():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.conv2, self.bn2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            nn.init.zeros_(self.bn2.weight)
+
+        def forward(self, x):
+            return x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+
+    old = Block().train()
+    new, x = convert(old, example_inputs=X).train(), torch.randn(2, 3, 8, 8)
+    assert torch.equal(old(x), x) and torch.equal(new(x), x)
+    new(x).square().sum().backward()
+    assert new.conv2.weight.grad.abs().sum() > 0, "it can learn to be something else"
+
+
+@pytest.mark.parametrize(
+    "between", [(nn.ReLU(), nn.BatchNorm2d(8)), (nn.MaxPool2d(2), nn.BatchNorm2d(8)), (EvoNorm2dB0(8),)]
+)
+def test_a_gain_with_something_before_it_is_dropped_and_the_plan_says_so(between):
+    affine(between[-1])
+    old = nn.Sequential(nn.Conv2d(3, 8, 3), *between, nn.Conv2d(8, 8, 3), nn.ReLU())
+    new = convert(old, example_inputs=X)
+    assert torch.equal(new[0].weight, old[0].weight)
+    assert "gain and bias dropped" in verdict(old, str(len(between))).reason
+
+
+def test_gain_and_bias_behind_a_linear_layer():
+    class Tokens(nn.Module):  # LeViT's order
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear, self.bn = nn.LayerNorm(6), nn.Linear(6, 5), affine(nn.BatchNorm1d(5))
+            self.out = nn.Linear(5, 4)
+
+        def forward(self, x):
+            x = self.linear(self.norm(x))
+            return self.out(self.bn(x.flatten(0, 1)).reshape_as(x).relu())
+
+    old, x = Tokens(), torch.randn(2, 7, 6)
+    new = convert(old, KNConfig(dropout=0), example_inputs=x)
+    before = copy.deepcopy(old)
+    nn.init.ones_(before.bn.weight), nn.init.zeros_(before.bn.bias)
+    plain = convert(before, KNConfig(dropout=0), example_inputs=x).linear(x)
+    torch.testing.assert_close(new.linear(x), plain * old.bn.weight + old.bn.bias, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +384,7 @@ def test_tied_weights_stay_tied():
     model[2].weight = model[0].weight
     new = convert(model, example_inputs=X)
     assert new[0].weight is new[2].weight and new[0].kernel_size == (1, 1)
+    assert "gain and bias dropped" in verdict(model, "1").reason
 
 
 # --- in place

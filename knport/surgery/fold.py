@@ -1,5 +1,9 @@
-"""Norms of single positions (LayerNorm, RMSNorm) whose readers take whole channel vectors: linear layers, 1x1
-convolutions. At window 1 such a layer on kernel normalized input is the norm and the layer, gain and bias folded in."""
+"""Gain and bias of norms that go: into which layers' weights they can be folded, and how.
+
+Of a norm of single positions (LayerNorm, RMSNorm) whose readers take whole channel vectors (linear layers, 1x1
+convolutions) into those: at window 1 such a layer on kernel normalized input is the norm and the layer. Of a norm right
+behind a convolution or linear layer into that: a branch that begins at zero, because its last gain does, still does.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from knport.surgery.graph import Graph, Node
-from knport.surgery.kinds import channels_last, fused_parts, is_pixel_norm
+from knport.surgery.kinds import activates_before_gain, channels_last, fused_parts, is_pixel_norm
 from knport.surgery.roles import SHUFFLES
 from knport.surgery.sites import Site, pads
 
 _AS_THEY_ARE = frozenset({"identity", "dropout"})
+_AS_IT_IS = frozenset({"identity"})
 
 
 def foldable(graph: Graph, sites: dict[str, Site], blocked: dict[str, str]) -> dict[str, list[str]]:
@@ -43,6 +48,48 @@ def _takes(graph: Graph, end: Node, norm: Site, sites: dict[str, Site], blocked:
     plain = set(site.module.kernel_size) == {1} and not any(pads(site.module)) and not channels_last(norm.module)
     sources = {source.name for i in calls for source in graph.ends(i, _AS_THEY_ARE, back=True)}
     return plain and sources == {norm.path}
+
+
+def affine_behind(graph: Graph, layer: Site, sites: dict[str, Site], absorbed: dict[str, list[str]]) -> str | None:
+    """The one norm that goes, does its work in `layer` and is all that reads it, at each call; None if there is none.
+
+    An activation, a dropout or a pooling in between, and an activation that comes before the norm's gain (EvoNorm),
+    keep the gain from being the last thing that happens to the layer's output.
+    """
+    if layer.tied:
+        return None
+    through = _AS_IT_IS if layer.kind == "conv" else _AS_IT_IS | {"reshape"}
+    ends = [graph.ends(index, through) for index in graph.calls[layer.path]]
+    readers = {end.name if end.op == "module" else "" for one in ends for end in one}
+    norm = next(iter(readers)) if len(readers) == 1 and all(ends) else ""
+    if layer.path not in absorbed.get(norm, ()) or activates_before_gain(sites[norm].module):
+        return None
+    channels = {getattr(sites[norm].module, name, None) for name in ("weight", "bias")} - {None}
+    shapes = [graph.nodes[index].shape or () for index in graph.calls[layer.path]]
+    own = len(layer.module.weight)
+    clear = layer.kind == "conv" or all(shape[1:].count(own) == 1 for shape in shapes)  # which dimension a view keeps
+    return norm if channels and clear and all(values.numel() == own for values in channels) else None
+
+
+def neutral(norm: nn.Module) -> bool:
+    """Whether a norm's gain is 1 and its bias 0 throughout, as both begin; so too on the meta device."""
+    gain, shift = (getattr(norm, name, None) for name in ("weight", "bias"))
+    return all(t is None or t.is_meta or bool((t == start).all()) for t, start in ((gain, 1), (shift, 0)))
+
+
+def scaled(weight: Tensor, bias: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer whose output `norm`, but for normalizing it, would have read.
+
+    Args:
+        weight: (out, ...).
+        bias: (out,).
+        norm: with gain and bias (out,), or without.
+    """
+    gain, shift = (getattr(norm, name, None) for name in ("weight", "bias"))
+    if gain is not None:
+        gain = gain.detach().flatten().to(weight.dtype)
+        weight, bias = weight * gain.view(-1, *(1,) * (weight.dim() - 1)), bias * gain
+    return weight, bias if shift is None else bias + shift.detach().flatten().to(bias.dtype)
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -134,6 +134,11 @@ def _own_activation(norm: nn.Module) -> nn.Module | None:
     return nn.ReLU() if name.startswith("FilterResponseNorm") and getattr(norm, "tau", None) is not None else None
 
 
+def activates_before_gain(norm: nn.Module) -> bool:
+    """Whether the norm's gain and bias come after an activation within it."""
+    return type(norm).__name__.startswith("EvoNorm") and _own_activation(norm) is not None
+
+
 def activation_note(norm: nn.Module) -> str:
     """What a plan says of the activation inside a norm that goes."""
     own = _own_activation(norm)

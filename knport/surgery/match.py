@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from knport.surgery.config import KNConfig
-from knport.surgery.fold import foldable
+from knport.surgery.fold import affine_behind, foldable
 from knport.surgery.graph import Graph
 from knport.surgery.head import norms_before_head
 from knport.surgery.kinds import channels_last, is_pixel_norm
@@ -23,6 +23,8 @@ class Match:
         lone: norms that become KernelNorms because nothing can do their work.
         layers: convolutions and linear layers that become KNConv and KNLinear -> their norms.
         folded: those of them whose norm's gain and bias go into their weights -> that norm.
+        affine: those whose output another norm read, and nothing else -> that norm, whose gain and bias are the last
+            thing that happens to the output and go into the weights too.
     """
 
     absorbed: dict[str, list[str]]
@@ -30,6 +32,7 @@ class Match:
     lone: set[str]
     layers: dict[str, list[str]]
     folded: dict[str, str]
+    affine: dict[str, str]
 
     def calls(self, graph: Graph) -> set[int]:
         """Calls of the norms that go and of the layers that do their work, but for exact pairs."""
@@ -55,12 +58,14 @@ def match(graph: Graph, sites: dict[str, Site], blocked: dict[str, str], config:
             break
         layers = fitting
     order = [p for p in sites if p in layers]
+    behind = {p: norm for p in order if (norm := affine_behind(graph, sites[p], sites, absorbed))}
     return Match(
         {p: {**exact, **absorbed}[p] for p in sites if p in exact or p in absorbed},
         pairing.final,
         pairing.norms - pairing.final - set(absorbed),
         {p: ([folded[p]] if p in folded else []) + pairing.givers(p, absorbed) for p in order},
         folded,
+        behind,
     )
 
 

@@ -40,7 +40,8 @@ class Verdict:
         norm_window: of the KNConv or KNLinear.
         prefix_tokens: of the KNLinear.
         grid_size: of the KNLinear.
-        fold: path of the norm whose gain and bias go into the weights.
+        fold: path of the norm in front whose gain and bias go into the weights.
+        affine: path of the norm behind, likewise.
         eps: of the new layer, where that is the norm's own; None for the configuration's.
     """
 
@@ -58,6 +59,7 @@ class Verdict:
     prefix_tokens: int = 0
     grid_size: tuple[int, int] | None = None
     fold: str | None = None
+    affine: str | None = None
     eps: float | None = None
 
     @property

@@ -10,7 +10,7 @@ from knport.layers import KNLinear
 from knport.surgery.config import KNConfig
 from knport.surgery.copying import copy_model
 from knport.surgery.enlarge import embed, enlarged_padding
-from knport.surgery.fold import folded
+from knport.surgery.fold import folded, neutral, scaled
 from knport.surgery.kinds import KN_CONVS, KN_NORMS, fused_parts
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def swap(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     model = model if inplace else copy_model(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     new = {
-        id(modules[v.path]): _replacement(modules[v.path], v, plan.config, modules.get(v.fold))
-        for v in plan.verdicts
-        if v.changes
+        id(modules[v.path]): _replacement(modules[v.path], v, plan.config, modules) for v in plan.verdicts if v.changes
     }
     for place in plan.final_norms:
         old = modules[place.path]
@@ -56,11 +54,14 @@ def exchange(model: nn.Module, new: dict[int, nn.Module]) -> None:
                 parent._modules[name] = new[id(child)]
 
 
-def _replacement(old: nn.Module, verdict: Verdict, config: KNConfig, norm: nn.Module | None) -> nn.Module:
-    """The module in the place of `old`; `norm` is the one whose gain and bias it takes along."""
+def _replacement(old: nn.Module, verdict: Verdict, config: KNConfig, modules: dict[str, nn.Module]) -> nn.Module:
+    """The module in the place of `old`; `modules` holds the norms whose gain and bias it takes along."""
     if verdict.kind != "norm":
         build = _kn_conv if verdict.kind == "conv" else _kn_linear
-        return adopt(build(old, verdict, config, *_parameters(old, norm)), old)
+        new = build(old, verdict, config, *_parameters(old, modules.get(verdict.fold)))
+        if verdict.affine is not None:
+            _take_affine(new, modules[verdict.affine])
+        return adopt(new, old)
     parts = fused_parts(old)
     if verdict.verdict == "KernelNorm":
         parts = [_kernel_norm(verdict, config, old), *parts]
@@ -87,6 +88,14 @@ def _parameters(old: nn.Module, norm: nn.Module | None) -> tuple[nn.Parameter, n
     if bias is None:
         bias = nn.Parameter(weight.detach().new_zeros(len(weight)), requires_grad=learns)
     return weight, bias
+
+
+def _take_affine(new: nn.Module, norm: nn.Module) -> None:
+    """Put the gain and bias of the norm behind into a new layer's weights, unless they change nothing."""
+    if neutral(norm):
+        return  # the parameters themselves stay, for an optimizer that knows them
+    for name, value in zip(("weight", "bias"), scaled(new.weight.detach(), new.bias.detach(), norm), strict=True):
+        setattr(new, name, nn.Parameter(value, requires_grad=getattr(new, name).requires_grad))
 
 
 def _options(verdict: Verdict, config: KNConfig) -> dict:

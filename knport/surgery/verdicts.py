@@ -57,8 +57,7 @@ def _norm(head: dict, graph: Graph, site: Site, blocked: dict, found: Match, con
     rest = activation_note(site.module)
     if path in found.absorbed:
         by = names(found.absorbed[path])
-        affine = "folded into their weights" if path in found.folded.values() else "dropped"
-        return Verdict(**head, verdict=ABSORBED, reason=f"its work is done by {by}; gain and bias {affine}{rest}")
+        return Verdict(**head, verdict=ABSORBED, reason=f"its work is done by {by}{_affine(site, found)}{rest}")
     ndim = len(graph.nodes[graph.calls[path][0]].shape) - 2
     if path in found.final:
         p = config.final_dropout
@@ -69,6 +68,15 @@ def _norm(head: dict, graph: Graph, site: Site, blocked: dict, found: Match, con
         return Verdict(**head, verdict=KERNEL_NORM, reason=reason, dropout=config.dropout, ndim=ndim)
     reason = f"{_why_not_folded(graph, path, blocked)}; it sees one position at a time, as a KernelNorm would"
     return Verdict(**head, verdict=KEPT, reason=reason)
+
+
+def _affine(site: Site, found: Match) -> str:
+    """What becomes of the gain and bias of a norm that goes."""
+    if site.path in found.folded.values():
+        return "; gain and bias folded into their weights"
+    if takers := [path for path, norm in found.affine.items() if norm == site.path]:
+        return f"; gain and bias folded into {names(takers)}"
+    return "; gain and bias dropped" if list(site.module.parameters(recurse=False)) else ""
 
 
 def _why_lone(graph: Graph, path: str, blocked: dict[str, str]) -> str:
@@ -163,10 +171,11 @@ def _takes_over(path: str, module, found: Match) -> str:
 
 
 def _folding(path: str, sites: dict[str, Site], found: Match) -> dict:
+    affine = {"affine": found.affine[path]} if path in found.affine else {}
     if path not in found.folded:
-        return {}
+        return affine
     norm = sites[found.folded[path]]
-    return {"fold": norm.path, "eps": getattr(norm.module, "eps", None)}
+    return affine | {"fold": norm.path, "eps": getattr(norm.module, "eps", None)}
 
 
 def _why_not(graph: Graph, path: str) -> str:
