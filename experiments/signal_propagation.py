@@ -3,8 +3,8 @@
 The standard deviation of what every stage puts out, from stem to the last feature map, on random images (standard
 normal pixels) in evaluation mode, as in the signal propagation plots of Brock et al. (2021). A network whose scale
 grows or shrinks by orders of magnitude starts badly; the promise here is a factor of 4 between the largest and the
-smallest. The KNResNets with published initial weights do not keep it: they scale the stem by its fan-out. Writes
-docs/signal_propagation.csv and .svg.
+smallest. The published KNResNets keep it with ``init="lecun"``, and are measured with their published weights too,
+under which they do not. Writes docs/signal_propagation.csv and .svg.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from experiments import plots
 from knport.errors import KNPortError, UnknownName
 
 LIMIT = 4.0
+INIT = ", init="
 FAMILIES = ("knresnet", "fcn_knresnet", "kndensenet", "knconvnext", "knconvmixer", "knvit", "knconformer")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SKIPPED = (nn.Identity, nn.Dropout, nn.ReLU, nn.GELU, nn.Mish, nn.AdaptiveAvgPool2d)  # no stages by themselves
@@ -99,10 +100,14 @@ def spread(found: list[Stage]) -> float:
 
 
 def measure(name: str, *, seed: int = 0, count: int = 2, size: int | None = None) -> list[Stage]:
-    """`propagate` of a freshly built network on `count` images of `size` pixels (32 or 128 if None)."""
+    """`propagate` of a freshly built network on `count` images of `size` pixels (32 or 128 if None).
+
+    `name` may end in ", init=lecun" for that argument of the KNResNets.
+    """
     torch.manual_seed(seed)
+    name, _, init = name.partition(INIT)
     small = any(part in name for part in SMALL)
-    model = architectures.create_model(name, num_classes=10, low_resolution=small)
+    model = architectures.create_model(name, 10, low_resolution=small, **({"init": init} if init else {}))
     size = size or (32 if small else 128)
     images = torch.randn(count, 3, size, size).to(memory_format=torch.channels_last)
     return propagate(model.to(memory_format=torch.channels_last), images)
@@ -111,6 +116,12 @@ def measure(name: str, *, seed: int = 0, count: int = 2, size: int | None = None
 def kernel_normalized() -> list[str]:
     """The kernel normalized networks of `architectures`."""
     return [name for name in architectures.list_models() if "kn" in name]
+
+
+def measured() -> list[str]:
+    """What is measured: all of them, the KNResNets of published initialization in the other one, too."""
+    published = [name for name in kernel_normalized() if name.startswith("knresnet") and not name.endswith("_macs")]
+    return sorted([*kernel_normalized(), *(f"{name}{INIT}lecun" for name in published)])
 
 
 def write_csv(path: Path, traces: dict[str, list[Stage]]) -> None:
@@ -166,13 +177,13 @@ def signal_propagation(
 
     Networks that are in the table already and not named stay in it; `redraw` measures nothing.
     """
-    unknown = set(models) - set(architectures.list_models())
+    unknown = {name.partition(INIT)[0] for name in models} - set(architectures.list_models())
     if unknown:
         raise UnknownName("architecture", min(unknown), architectures.list_models())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "signal_propagation.csv"
     traces = read_csv(path) if path.exists() and (models or redraw) else {}
-    for name in () if redraw else models or kernel_normalized():
+    for name in () if redraw else models or measured():
         traces[name] = measure(name)
         write_csv(path, dict(sorted(traces.items())))  # at once: large networks take minutes
         print(f"{name}: SD {min(s.sd for s in traces[name]):.2f} to {max(s.sd for s in traces[name]):.2f}", flush=True)

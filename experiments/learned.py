@@ -1,0 +1,103 @@
+"""The section of docs/architectures.md on what the small networks learn, made of committed CSVs.
+
+`experiments/results/families` holds results.csv, a comparison of each family's original with its kernel normalized
+form, and trials.csv of `experiments.placements`.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import architectures
+from experiments import page
+from experiments.results import Row, read
+
+TITLE = "## What the small networks learn"
+FOLDER = Path("experiments/results/families")
+
+
+def section(folder: Path = FOLDER) -> str:
+    """Markdown: accuracies of the families, how they were made, and the trials; empty without the CSVs."""
+    results, trials = folder / "results.csv", folder / "trials.csv"
+    if not results.exists():
+        return ""
+    rows = [row for row in read(results).rows if row.finished]
+    parts = [TITLE, about(rows), families(rows)]
+    parts += [f"```\n{command}\n```" for command in page.commands(rows)]
+    if trials.exists():
+        with trials.open(newline="", encoding="utf-8") as file:
+            parts += [TRIALS, trials_table(list(csv.DictReader(file)))]
+    return "\n\n".join(parts)
+
+
+def about(rows: Sequence[Row]) -> str:
+    """What was trained on what."""
+    one, seeds = rows[0], sorted({row.seed for row in rows})
+    images = f"{one.train_images:,} training and {one.test_images:,} test images of {one.classes} classes of CIFAR-100"
+    return (
+        f"Each family's laptop-sized network and its original, trained alike on {images}: top-1 in percent after the "
+        f"last step, seeds {', '.join(map(str, seeds))} (mean ± SD where there are several). ResNet and DenseNet are "
+        "trained by SGD and the others by AdamW, with one learning rate, which falls along a cosine, for both networks "
+        f"of a family. {CAUTION}"
+    )
+
+
+CAUTION = (
+    "These are first steps, far from converged, and with one seed sure to about two points. Networks whose original "
+    "has BatchNorm begin more slowly with kernel normalization, as with GroupNorm; in the longer runs of the README's "
+    "table, six epochs at batch size 32, a small ResNet has caught up."
+)
+
+
+def families(rows: Sequence[Row]) -> str:
+    """One line per family and batch size: original, kernel normalized and their difference."""
+    lines = ["| original | KN | batch size | steps | learning rate | original | KN | difference |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    cells = {(row.batch_size, row.model): row for row in rows if architectures.original_of(row.model)}
+    for (size, name), row in sorted(cells.items()):
+        original = architectures.original_of(name) or ""
+        pair = [accuracies(rows, model, size) for model in (original, name)]
+        setting = f"{original} | {name} | {size} | {row.steps:,} | {row.lr:g}"
+        lines.append(f"| {setting} | {' | '.join(map(shown, pair))} | {difference(*pair)} |")
+    return "\n".join(lines)
+
+
+def accuracies(rows: Sequence[Row], model: str, batch_size: int) -> list[float]:
+    return [row.top1 for row in rows if (row.model, row.batch_size) == (model, batch_size)]
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean, and SD over seeds."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def difference(of_original: Sequence[float], ours: Sequence[float]) -> str:
+    if not of_original or not ours:
+        return ""
+    return f"{statistics.mean(ours) - statistics.mean(of_original):+.1f}"
+
+
+TRIALS = """### Trials
+
+Where the norms stand, or how the network begins, was tried by `python -m experiments.placements` on the same images,
+in an order of its own per seed: batch size 32 unless stated otherwise."""
+
+
+def trials_table(rows: Sequence[dict[str, str]]) -> str:
+    """One line per network and setting, as in trials.csv, mean and SD over seeds."""
+    lines = [
+        "| network | batch size | steps | optimizer, learning rate | top-1 |",
+        "| --- | ---: | ---: | --- | ---: |",
+    ]
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        key = row["network"], row["batch_size"], row["steps"], f"{row['optimizer']}, {row['lr']}"
+        groups.setdefault(key, []).append(float(row["top1"]))
+    lines += [f"| {' | '.join(key)} | {shown(values)} |" for key, values in groups.items()]
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""The trials of placements, and the section of the docs on what the small networks learn."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import learned, placements
+from experiments.models import build
+from experiments.results import Results, Row, write
+from knport.errors import UnknownName
+
+RESULT = {"steps": 312, "top1": 31.25, "train_loss": 2.5, "test_loss": 2.25, "seconds": 60.2}
+
+
+@pytest.mark.parametrize("name", placements.TRIALS)
+def test_every_trial_is_a_network_of_its_kind(name, tmp_path):
+    run = placements.run_of(name, 0, "data", tmp_path)
+    model = build(run.model, run.norm, num_classes=4, image_size=32)
+    assert model(torch.rand(1, 3, 32, 32)).shape == (1, 4)
+    ours = name.startswith("KN")
+    assert run.scaling == ("unit" if ours and "plain stem" not in name else "standard")
+    batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert batch_norm == (not ours and "LayerNorm" not in name)
+
+
+def test_trials_differ_in_what_they_say():
+    def built(name):
+        torch.manual_seed(0)
+        return placements.constructor(placements.TRIALS[f"KN-ConvMixer, {name}"])(num_classes=4)
+
+    half, larger = built("initial weights x 0.58"), built("initial weights x 1.7")
+    torch.testing.assert_close(half.stem[0].weight / 0.58, larger.stem[0].weight / 1.7)
+    x = torch.rand(2, 3, 32, 32)
+    pre, residual = built("pre-activation").eval(), built("pre-activation, pointwise residual").eval()
+    residual.load_state_dict(pre.state_dict())
+    assert not torch.equal(pre(x), residual(x))
+    for block in pre.blocks:
+        nn.init.zeros_(block.depthwise.weight)
+    y = pre.stem[0](x)
+    for block in pre.blocks:
+        y = block.pointwise(nn.functional.gelu(y))
+    torch.testing.assert_close(pre.forward_features(x), nn.functional.gelu(pre.norm(y)))
+    assert type(built("plain stem").stem[0]) is nn.Conv2d
+
+
+def test_what_has_finished_is_not_trained_again(tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(placements, "train", lambda run, quiet: trained.append(run) or RESULT)
+    options = {"out": tmp_path / "trials.csv", "runs": tmp_path}
+    placements.placements(("ConvMixer",), **options)
+    placements.placements(("ConvMixer", "KN-ConvMixer, AdamW"), seeds=(0, 1), **options)
+    assert [(run.model, run.seed) for run in trained] == [
+        ("cifar_convmixer", 0),
+        ("kncifar_convmixer", 0),
+        ("cifar_convmixer", 1),
+        ("kncifar_convmixer", 1),
+    ]
+    assert len({run.run_dir for run in trained}) == 4
+    rows = list(placements.read(tmp_path / "trials.csv"))
+    assert [row["lr"] for row in rows] == ["0.05", "0.003", "0.05", "0.003"]
+    assert "31.25 %" in capsys.readouterr().out
+    with pytest.raises(UnknownName, match="did you mean 'ConvMixer'"):
+        placements.placements(("ConvMixr",), **options)
+
+
+def test_section(tmp_path):
+    assert learned.section(tmp_path) == ""
+    budget = {"recipe": "cifar100", "norm": "original", "status": "finished", "classes": 20, "command": "compare"}
+    budget |= {"train_images": 10_000, "test_images": 2_000, "epochs": 1}
+    scores = {("cifar_resnet8x2", 2): [20.0], ("cifar_resnet8x2", 32): [30.0, 32.0], ("kncifar_resnet8x2", 32): [34.0]}
+    rows = [
+        Row(model=model, batch_size=size, seed=seed, steps=size * 100, lr=0.1, top1=top1, **budget)
+        for (model, size), values in scores.items()
+        for seed, top1 in enumerate(values)
+    ]
+    write(tmp_path, Results(tuple(rows), ()))
+    text = learned.section(tmp_path)
+    assert "| cifar_resnet8x2 | kncifar_resnet8x2 | 32 | 3,200 | 0.1 | 31.0 ± 1.4 | 34.0 | +3.0 |" in text
+    assert "10,000 training and 2,000 test images of 20 classes" in text and "seeds 0, 1" in text
+    assert "Trials" not in text
+    with (tmp_path / "trials.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(placements.COLUMNS)
+        writer.writerows(("KN-X", 32, 312, "sgd", 0.05, seed, top1, 2, 2, 60) for seed, top1 in enumerate((10, 12)))
+    assert "| KN-X | 32 | 312 | sgd, 0.05 | 11.0 ± 1.4 |" in learned.section(tmp_path)
