@@ -70,7 +70,7 @@ class Processes:
             if pid not in self.codes:
                 os.kill(pid, number)
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 300) -> list[int]:
         """The exit codes, minus the signal's number of what was killed. Fails the test after `seconds`."""
         deadline = time.monotonic() + seconds
         while len(self.ended()) < len(self.pids):
@@ -104,7 +104,7 @@ def join(rank: int, count: int, meeting: Path) -> None:
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}.items():
         os.environ[name] = str(value)
     store = torch.distributed.FileStore(str(meeting), count)
-    limit = timedelta(seconds=60)  # a test that hangs should say so
+    limit = timedelta(seconds=240)  # a test that hangs should say so
     torch.distributed.init_process_group("gloo", rank=rank, world_size=count, store=store, timeout=limit)
 
 

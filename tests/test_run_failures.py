@@ -160,7 +160,7 @@ def test_another_process_in_the_folder(tmp_path, monkeypatch, capsys, whole):
     with monkeypatch.context() as patch:
         at_step(patch, 7, lambda: time.sleep(60))
         with Processes(lambda: train(tiny(folder), quiet=True), tmp_path / "processes") as first:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 200
             while saved_step(folder) < 6 and time.monotonic() < deadline:
                 time.sleep(0.002)
             assert main(command(folder)) == 2
@@ -183,7 +183,7 @@ def test_what_one_of_two_processes_meets_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Loop, "_train_step", train_step)
     with Processes(lambda: sys.exit(main(command(tmp_path / "run"))), tmp_path / "processes", 2) as two:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while 1 not in two.ended() and time.monotonic() < deadline:
             time.sleep(0.01)
         two.kill()

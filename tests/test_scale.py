@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from test_resume import FLAGS, at_step, contents, saved_step, tiny, wait_for_che
 from test_train import TinyKN
 
 from experiments import submit as submission
+from experiments.__main__ import COMMANDS, main
 from experiments.submit import Job, submit
 from experiments.train import train
 from knport.errors import KNPortError
@@ -102,6 +107,19 @@ def test_the_slurm_script_says_how_it_is_used(cluster):
     done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "usage: sbatch" in done.stderr
+
+
+def test_the_commands_of_the_page(monkeypatch):
+    """Every command of docs/scale.md is understood, down to its last flag."""
+    asked = []
+    for name in ("train", "submit", "search_lr", "validate"):
+        module = import_module(f"experiments.{name}")
+        monkeypatch.setattr(module, name, wraps(getattr(module, name))(lambda *a, name=name, **k: asked.append(name)))
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    for words in re.findall(r"-m experiments (.+)", page) + re.findall(r"train\.sbatch (.+)", page):
+        line = words if words.split()[0] in COMMANDS else f"train {words}"
+        assert main([word for word in shlex.split(line) if word != "..."]) in (0, None), line
+    assert set(asked) == {"train", "submit", "search_lr", "validate"}
 
 
 # Arrays

@@ -111,7 +111,7 @@ def test_kill_9_at_a_random_step(tmp_path, net, uninterrupted):
     folder, steps = tmp_path / "run", sorted(random.SystemRandom().sample(range(3, 19), 2))
     for step in steps:
         with Processes(lambda: train(two(folder), quiet=True), tmp_path / "processes", 2) as processes:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 200
             while saved_step(folder) < step // 3 * 3 and time.monotonic() < deadline:
                 time.sleep(0.001)
             processes.kill(signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_later_both_end_and_the_same_command_goes_on(tmp_path, monkeypatch):
         train(two(tmp_path / "run"), quiet=True)
 
     with Processes(work, tmp_path / "processes", 2) as processes:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while 1 not in processes.ended() and time.monotonic() < deadline:
             time.sleep(0.01)
         processes.kill()  # as a launcher does when one of its processes has failed
