@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from experiments import checkpoint
+from experiments import checkpoint, sharding
 from experiments.budget import Budget
 from experiments.feed import Feed
 from experiments.memory import is_out_of_memory
@@ -71,7 +71,11 @@ class Loop:
         layout = torch.channels_last if run.channels_last else torch.preserve_format
         net = net.to(self.device, memory_format=layout)
         self.synchronized = any(isinstance(module, nn.SyncBatchNorm) for module in net.modules())
-        self.state = State(run, net, self.total, accelerator.scaler, self._budget())
+        self.sharded = sharding.asked(accelerator.num_processes)
+        if self.sharded:
+            sharding.check(run)
+        shares = accelerator.num_processes if self.sharded else 1
+        self.state = State(run, net, self.total, accelerator.scaler, self._budget(), shares)
         self._resume()
         self.last_step = self._last_step()
         self.model = self._wrap(net)
@@ -93,7 +97,7 @@ class Loop:
         return self.total
 
     def _wrap(self, net: nn.Module) -> nn.Module:
-        return self.accelerator.prepare(torch.compile(net) if self.run.compile else net)
+        return net if self.sharded else self.accelerator.prepare(torch.compile(net) if self.run.compile else net)
 
     def _seed(self, step: int) -> None:
         seed_device(self.device, fold(self.run.seed, "step", step, self.accelerator.process_index))
@@ -178,7 +182,7 @@ class Loop:
 
     def _try_first_step(self) -> None:
         """Before several processes wait for each other in a step, all learn whether it fits on each of them."""
-        if self.accelerator.num_processes == 1 or self.synchronized:
+        if self.accelerator.num_processes == 1 or self.synchronized or self.sharded:
             return
         state, size = self.state, self.micro_batch.at(self.state.step)
         images, labels = (part[:size] for part in self.feed.batch(state.step))
@@ -229,10 +233,10 @@ class Loop:
             self._save_and_leave(self._stop_signal())
         if not measured["test_loss"] < float("inf"):  # NaN too
             self._fail("test loss", measured["test_loss"], self.state.step)
-        self._record(measured, seconds)
+        self._record(measured, seconds, net)
         self._mark = self._logged_time = time.perf_counter()
 
-    def _record(self, measured: dict[str, float], seconds: float) -> None:
+    def _record(self, measured: dict[str, float], seconds: float, net: nn.Module) -> None:
         """Add the row of this evaluation to the log, and keep the weights if they are the best."""
         state = self.state
         row = {
@@ -255,7 +259,7 @@ class Loop:
             self.folder.append_log(row)
             if better:
                 best = {"step": state.step, self.task.score: score}
-                checkpoint.write(self.folder.best, {"model": state.evaluated_net.state_dict()}, best)
+                checkpoint.write(self.folder.best, {"model": net.state_dict()}, best)
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=state.step)
         self.report.evaluation(row)
 
@@ -309,8 +313,8 @@ class Loop:
         if not self.state.finite():
             self._fail("training loss after the last update", float("nan"), self.state.step)
         self._tick()
+        content = self.state.tensors(), self.state.values()
         if self.accelerator.is_main_process:
-            content = self.state.tensors(), self.state.values()
             checkpoint.write(self.folder.last, *content, previous=self.folder.previous)
         now = time.perf_counter()
         self._logged_time += now - self._mark  # saving is not training

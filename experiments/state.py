@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from experiments import checkpoint
+from experiments import checkpoint, sharding
 from experiments.budget import Budget
 from experiments.meter import LossMeter
 from experiments.optimizer import build_optimizer, numbers, restore_numbers, restored
@@ -27,6 +27,7 @@ class State:
         total_steps: of the run.
         scaler: of fp16's gradients, or None.
         budget: of a private run, or None.
+        shares: processes over which weights and optimizer are sharded.
     """
 
     step = 0
@@ -47,21 +48,31 @@ class State:
         total_steps: int,
         scaler: torch.amp.GradScaler | None,
         budget: Budget | None = None,
+        shares: int = 1,
     ):
         self.run, self.net, self.scaler, self.budget = run, net, scaler, budget
-        self.parameters = list(net.parameters())
-        device = self.parameters[0].device
-        self.meter = LossMeter(device, total_steps)
+        device = next(net.parameters()).device
         self.average = copy.deepcopy(net).requires_grad_(False) if run.optimization.ema else None
+        self.plain = copy.deepcopy(net) if shares > 1 else None  # to be tested: whole, and without collectives
+        for sharded in (net, self.average) if shares > 1 else ():
+            if sharded is not None:
+                sharding.shard(sharded, device, shares)
+        self.parameters = list(net.parameters())
+        self.meter = LossMeter(device, total_steps)
         self.averaged = list(self.average.parameters()) if run.optimization.ema else []
         # fused reads memory as it lies, and Opacus' gradients are not laid out as channels-last weights are
-        fused = (device.type in ("cpu", "cuda") or None) if budget is None else False
+        fused = (device.type in ("cpu", "cuda") or None) if budget is None and shares == 1 else False
         self.optimizer = build_optimizer(run, net, fused=fused)
 
     @property
     def evaluated_net(self) -> nn.Module:
-        """The weights that are tested and published: the average's where there is one."""
-        return self.net if self.average is None else self.average
+        """The weights that are tested and published: the average's where there is one. All processes must ask."""
+        net = self.net if self.average is None else self.average
+        if self.plain is None:
+            return net
+        found = net.state_dict()
+        self.plain.load_state_dict(dict(zip(found, sharding.whole(found.values()), strict=True)))
+        return self.plain
 
     def update_average(self) -> None:
         """Move the average towards the weights of step `step`; the decay grows to `ema` and depends on it alone."""
@@ -78,10 +89,13 @@ class State:
     def finite(self) -> bool:
         """Whether all weights are: the update after a finite loss may still have overflowed."""
         norms = torch._foreach_norm([parameter.detach() for parameter in self.parameters])
-        return bool(torch.stack(norms).isfinite().all())
+        return bool(torch.stack(sharding.whole(norms)).isfinite().all())
 
     def tensors(self) -> checkpoint.Tensors:
-        """`model` is what was evaluated; with an average, `in_training` are the weights it follows."""
+        """`model` is what was evaluated; with an average, `in_training` are the weights it follows.
+
+        All processes must ask: of what is sharded, each has a part.
+        """
         optimizer = {
             f"{name}/{key}": value
             for name, parameter in self.net.named_parameters()
@@ -89,7 +103,9 @@ class State:
             if isinstance(value, Tensor)
         }
         tensors = {"model": self.evaluated_net.state_dict(), "optimizer": optimizer}
-        return tensors if self.average is None else tensors | {"in_training": self.net.state_dict()}
+        if self.average is not None:
+            tensors["in_training"] = self.net.state_dict()
+        return {name: dict(zip(group, sharding.whole(group.values()), strict=True)) for name, group in tensors.items()}
 
     def values(self) -> dict[str, Any]:
         """The rest, as JSON."""
@@ -100,12 +116,13 @@ class State:
 
     def load(self, tensors: checkpoint.Tensors, values: dict[str, Any]) -> None:
         """Become what `tensors` and `values` were taken from."""
-        self.net.load_state_dict(tensors.get("in_training", tensors["model"]))
+        sharding.load(self.net, tensors.get("in_training", tensors["model"]))
         if self.average is not None:
-            self.average.load_state_dict(tensors["model"])
+            sharding.load(self.average, tensors["model"])
         named = dict(self.net.named_parameters())
         for name, value in tensors["optimizer"].items():
             path, _, key = name.rpartition("/")
+            value = sharding.like(named[path], value)
             self.optimizer.state[named[path]][key] = restored(named[path], key, value, self.optimizer)
         restore_numbers(self.optimizer, named, values.get("optimizer"))
         for name in VALUES:
