@@ -53,6 +53,8 @@ def activations(folders: tyro.conf.Positional[tuple[Path, ...]], data_dir: str |
     Raises:
         KNPortError: no such folder, nothing saved in it, or no data.
     """
+    if not folders:
+        raise KNPortError("name at least one run folder, e.g. python -m experiments activations runs/camvid/*-s0")
     for folder in folders:
         found = measure(open_run(folder, data_dir))
         write(folder / FILE, found)

@@ -20,6 +20,7 @@ from experiments.backbones import statement
 from experiments.collect import collect, cost_key, read_notes, write_notes
 from experiments.cost import Batch, Network, cost_device, measure
 from experiments.grid import grid, key_of, parse_fields, planned_row
+from experiments.models import NORMS, list_models
 from experiments.models import build as build_model
 from experiments.originals import original_of
 from experiments.report import report
@@ -30,7 +31,7 @@ from experiments.saved_run import open_run
 from experiments.segmentation import Segmentation, Upsample
 from experiments.tasks import task_of
 from experiments.train import start_accelerator, train
-from knport.errors import KNPortError
+from knport.errors import KNPortError, UnknownName
 
 FAILURES = (KNPortError, RuntimeError, ValueError, OSError)
 
@@ -107,6 +108,7 @@ def compare(
 
 def run_grid(runs: Sequence[Run], folder: Path, *, command: str, cost_seconds: float, quiet: bool = False) -> Path:
     """Measure, train and report a list of runs; see `compare`."""
+    _check_names(runs)
     finished = {key_of(run) for run in runs if (RunFolder(run).stored() or {}).get("status") == "finished"}
     train_set, _ = data.load(runs[0])
     write_notes(folder, [planned_row(run, command) for run in runs], {})
@@ -127,6 +129,14 @@ def run_grid(runs: Sequence[Run], folder: Path, *, command: str, cost_seconds: f
     for line in (statement(rows), *tables.remarks(rows), f"Report: {page}"):
         say(line)
     return page
+
+
+def _check_names(runs: Sequence[Run]) -> None:
+    """Raise `UnknownName` for a model or norm that does not exist, before hours are spent on the others."""
+    for what, known in (("norm", NORMS), ("model", list_models())):
+        unknown = {getattr(run, what) for run in runs} - set(known)
+        if unknown:
+            raise UnknownName(what, min(unknown), known)
 
 
 def command_line(recipe: str, options: dict[str, Any]) -> str:

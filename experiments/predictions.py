@@ -50,6 +50,8 @@ def predictions(
     Raises:
         KNPortError: no such folder, nothing saved in it, no data, or a run that does not segment.
     """
+    if not folders:
+        raise KNPortError("name at least one run folder, e.g. python -m experiments predictions runs/camvid/*-s0")
     for folder in folders:
         paths = write(open_run(folder, data_dir), count, best=best)
         print(f"{folder / FOLDER}: {', '.join(path.name for path in paths)}", flush=True)

@@ -110,9 +110,9 @@ def test_unknown_names_before_anything_runs(tmp_path, trained):
     with pytest.raises(UnknownName, match="digits"):
         compare("digit", out=str(tmp_path))
     with pytest.raises(UnknownName, match="cifar_resnet8"):
-        tiny(tmp_path, models=("cifar_resnet9",), cost_seconds=0.1)
+        tiny(tmp_path, models=("cifar_resnet9",))
     with pytest.raises(UnknownName, match="original"):
-        tiny(tmp_path, norms=("orignal",), cost_seconds=0.1)
+        tiny(tmp_path, norms=("orignal",))
     assert not trained.runs
 
 

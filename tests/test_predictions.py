@@ -155,6 +155,8 @@ def test_torchvision_s_networks_have_stages_too(tmp_path):
 
 @pytest.mark.parametrize("command", [activations.activations, predictions.predictions])
 def test_folders_that_are_no_runs(command, tmp_path, digits):
+    with pytest.raises(KNPortError, match="name at least one run folder"):
+        command(())
     with pytest.raises(KNPortError, match=r"run\.json does not exist; give the folder of a run"):
         command((tmp_path,))
     (tmp_path / "run.json").write_text("{")
