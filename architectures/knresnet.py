@@ -10,6 +10,8 @@ Legend: N images, C channels of a set, I inner channels of its blocks, H x W the
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -99,9 +101,10 @@ class KNResNet(ClassifierHead, nn.Module):
         paddings: of the three transitions and of `FinalConv`; None for those of the authors' released code.
         stem_kernel: kernel size of the stride-2 stem.
         activation: the class of every activation.
-        init: of the weights: "published", Kaiming normal by fan-out, under which the stem puts out far less than the
-            blocks behind it, or "lecun", under which every KNConv puts out a variance of 1. With the learning rate of
-            the paper the first learned better where both were tried (docs/architectures.md).
+        init: of the weights: "fan_in", Kaiming normal by fan-in, under which every KNConv puts out a variance of 2;
+            "lecun", a variance of 1; or "published", Kaiming normal by fan-out, under which the stem puts out far less
+            than the blocks behind it. A small network learned as well with the first as with the last
+            (docs/architectures.md).
         num_classes: size of the last layer; 0 for pooled features.
         in_chans: channels of the images.
         low_resolution: KNConv 3x3 as the stem (32 x 32 images) in place of KNConv 7x7 stride 2 and a max pool.
@@ -124,7 +127,7 @@ class KNResNet(ClassifierHead, nn.Module):
         paddings: Sequence | None = None,
         stem_kernel: int = 7,
         activation: type[nn.Module] = nn.ReLU,
-        init: str = "published",
+        init: str = "fan_in",
         num_classes: int = 1000,
         in_chans: int = 3,
         low_resolution: bool = False,
@@ -197,7 +200,11 @@ def kaiming_init(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-INITIALIZATIONS: dict[str, Callable[[nn.Module], None]] = {"lecun": lecun_init, "published": kaiming_init}
+INITIALIZATIONS: dict[str, Callable[[nn.Module], None]] = {
+    "fan_in": functools.partial(lecun_init, gain=math.sqrt(2)),
+    "lecun": lecun_init,
+    "published": kaiming_init,
+}
 
 
 def _released_paddings(low_resolution: bool, final: bool) -> tuple:
@@ -245,26 +252,25 @@ def knresnet50(**kwargs) -> KNResNet:
 @register(original="baseline_resnet18")
 def knresnet18_macs(**kwargs) -> KNResNet:
     """KNResNet-18 at 0.69 of its widths, with the MACs of a ResNet-18: 5.81 M parameters, 1.82 G MACs at 224 x 224."""
-    return KNResNet(Basic, (48, 176, 352, 512), (176, 176, 352, 512), (2, 2, 1, 1), 352, **{"init": "lecun", **kwargs})
+    return KNResNet(Basic, (48, 176, 352, 512), (176, 176, 352, 512), (2, 2, 1, 1), 352, **kwargs)
 
 
 @register(original="baseline_resnet34")
 def knresnet34_macs(**kwargs) -> KNResNet:
     """KNResNet-34 at 0.69 of its widths, with the MACs of a ResNet-34: 10.48 M parameters, 3.68 G MACs at 224 x 224."""
     sizes = (48, 176, 352, 352), (168, 224, 440, 584), (4, 5, 3, 2), 352
-    return KNResNet(Basic, *sizes, **{"init": "lecun", **kwargs})
+    return KNResNet(Basic, *sizes, **kwargs)
 
 
 @register(original="baseline_resnet50")
 def knresnet50_macs(**kwargs) -> KNResNet:
     """KNResNet-50 at 0.61 of its widths, with the MACs of a ResNet-50: 9.79 M parameters, 4.11 G MACs at 224 x 224."""
     sizes = (160, 312, 496, 1248), (40, 78, 118, 304), (4, 5, 4, 2), None
-    return KNResNet(Bottleneck, *sizes, **{"init": "lecun", **kwargs})
+    return KNResNet(Bottleneck, *sizes, **kwargs)
 
 
 @register(original="cifar_resnet8x2")
 def kncifar_resnet8x2(*, num_classes: int = 10, low_resolution: bool = True, **kwargs) -> KNResNet:
     """A KNResNet of one block per set, for a laptop, to cifar_resnet8x2: 0.31 M parameters, 54 M MACs at 32 x 32."""
     sizes = (32, 64, 96, 96), (64, 64, 96, 116), (1, 1, 1, 1), 64
-    options = {"init": "lecun", "num_classes": num_classes, "low_resolution": low_resolution}
-    return KNResNet(Basic, *sizes, **options | kwargs)
+    return KNResNet(Basic, *sizes, num_classes=num_classes, low_resolution=low_resolution, **kwargs)

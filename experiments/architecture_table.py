@@ -46,11 +46,11 @@ PROPAGATION = """## Scale of activations
 
 The standard deviation of what each stage puts out, on random images in evaluation mode, of freshly built networks: made
 by `python -m experiments.signal_propagation`, numbers in [signal_propagation.csv](signal_propagation.csv). All stay
-within a factor of 4 but for the KNResNets as published, which begin with Kaiming normal weights by fan-out: a stem that
-makes 64 channels of three then puts out far less than the blocks behind it. `init="lecun"` keeps them within the factor
-(in brackets), as it does every network that no paper initializes: each kernel normalized layer then puts out variance 1
-(`architectures.initialization`). It is not their default, because they are the paper's, and because the small KNResNet
-of the trials above learned better with the published weights at the same learning rate.
+within a factor of 4. Where no paper says otherwise a network begins with LeCun normal weights, under which every kernel
+normalized layer puts out variance 1, the KNResNets with Kaiming normal ones by fan-in, twice that variance
+(`architectures.initialization`). The authors' KNResNets began with Kaiming normal weights by fan-out, of which a stem
+that makes 64 channels of three puts out far less than the blocks behind it (in brackets): `init="published"`. Among the
+trials above are both, three seeds each; published checkpoints load into either.
 """
 
 
@@ -114,8 +114,8 @@ def table(counts: dict[str, Count], spreads: dict[str, float]) -> str:
 
 
 def scale(name: str, spreads: dict[str, float]) -> str:
-    """The spread of a network's SDs, in brackets with its other initialization; empty where nothing is measured."""
-    own, other = (f"{spreads[key]:.1f}" if key in spreads else "" for key in (name, f"{name}{INIT}lecun"))
+    """The spread of a network's SDs, in brackets with the published weights; empty where nothing is measured."""
+    own, other = (f"{spreads[key]:.1f}" if key in spreads else "" for key in (name, f"{name}{INIT}published"))
     return f"{own} ({other})" if other else own
 
 

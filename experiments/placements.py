@@ -133,10 +133,14 @@ TRIALS: Mapping[str, Trial] = {
     "KN-ConvMixer, longer": Trial("kncifar_convmixer", settings=LONGER),
     "ResNet": Trial("cifar_resnet8x2"),
     "KNResNet": Trial("kncifar_resnet8x2"),
-    "KNResNet, lower learning rate": Trial("kncifar_resnet8x2", settings={"lr": 0.02}),
-    "KNResNet, higher learning rate": Trial("kncifar_resnet8x2", settings={"lr": 0.15}),
-    "KNResNet, published initialization": _tried("published", knresnet.kncifar_resnet8x2, init="published"),
-    "KNResNet, initial weights x 1.41": _tried("resnet141", scaled(knresnet.kncifar_resnet8x2, 1.41)),
+    "KNResNet, published initial weights": _tried("published", knresnet.kncifar_resnet8x2, init="published"),
+    "KNResNet, LeCun weights": _tried("lecun", knresnet.kncifar_resnet8x2, init="lecun"),
+    "KNResNet, LeCun weights, lower learning rate": _tried(
+        "lecun", knresnet.kncifar_resnet8x2, {"lr": 0.02}, init="lecun"
+    ),
+    "KNResNet, LeCun weights, higher learning rate": _tried(
+        "lecun", knresnet.kncifar_resnet8x2, {"lr": 0.15}, init="lecun"
+    ),
     "DenseNet": Trial("densenet40_k12"),
     "KN-DenseNet": Trial("kndensenet40_k12"),
     "KN-DenseNet, the original's kernels": Trial("kndensenet40_k12_macs"),

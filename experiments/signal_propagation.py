@@ -3,8 +3,8 @@
 The standard deviation of what every stage puts out, from stem to the last feature map, on random images (standard
 normal pixels) in evaluation mode, as in the signal propagation plots of Brock et al. (2021). A network whose scale
 grows or shrinks by orders of magnitude starts badly; the promise here is a factor of 4 between the largest and the
-smallest. The published KNResNets keep it with ``init="lecun"``, and are measured with their published weights too,
-under which they do not. Writes docs/signal_propagation.csv and .svg.
+smallest. The published KNResNets are measured with their published initial weights too, which do not keep it.
+Writes docs/signal_propagation.csv and .svg.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def spread(found: list[Stage]) -> float:
 def measure(name: str, *, seed: int = 0, count: int = 2, size: int | None = None) -> list[Stage]:
     """`propagate` of a freshly built network on `count` images of `size` pixels (32 or 128 if None).
 
-    `name` may end in ", init=lecun" for that argument of the KNResNets.
+    `name` may end in ", init=published" for that argument of the KNResNets.
     """
     torch.manual_seed(seed)
     name, _, init = name.partition(INIT)
@@ -119,9 +119,9 @@ def kernel_normalized() -> list[str]:
 
 
 def measured() -> list[str]:
-    """What is measured: all of them, the KNResNets of published initialization in the other one, too."""
+    """What is measured: all of them, and the published KNResNets with their published initial weights, too."""
     published = [name for name in kernel_normalized() if name.startswith("knresnet") and not name.endswith("_macs")]
-    return sorted([*kernel_normalized(), *(f"{name}{INIT}lecun" for name in published)])
+    return sorted([*kernel_normalized(), *(f"{name}{INIT}published" for name in published)])
 
 
 def write_csv(path: Path, traces: dict[str, list[Stage]]) -> None:
