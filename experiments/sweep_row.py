@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -30,6 +31,7 @@ from knport.surgery.copying import copy_onto
 _NORM_NAME = re.compile(r"(Norm|Abn)(?![a-z])")
 _FUNCTIONAL = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 _DRAWS = ("normal_", "uniform_", "trunc_normal_", "erfinv_", "exponential_")
+OF_WEIGHTS = " (its weights)"  # behind the name of a convolution that normalizes its own, as timm's StdConv2d does
 BATCHES = (2, 3)
 SMALL_SIDE, SMALL_NETWORK = 64, 60_000_000  # pixels, parameters
 # Device and pixels per side, tried in order; None for the size that was planned with.
@@ -45,7 +47,8 @@ class SweepRow:
         model, task: of the network.
         device: "cpu" or "meta": where it ran for the shapes.
         reader: how the plan was read.
-        norms_called: norms that forward hooks saw called in evaluation or training, functions included.
+        norms_called: norms that forward hooks saw called in evaluation or training, functions included; a convolution
+            that normalizes its own weights is one, whose verdict is that of the convolution.
         norms_planned: norms that the plan has a verdict for.
         norms_missing: those called without a verdict.
         batchnorms, batchnorms_left: BatchNorm modules before and after.
@@ -131,6 +134,10 @@ def _examine(row: SweepRow, model: nn.Module, network: Network, side: int | None
     row.no_gradient = twins.no_gradient()
     planned = {v.path for v in made.verdicts if v.kind == "norm"}
     planned |= {path.rpartition(".")[2] for path in planned if path.endswith("()")}
+    own = [v for v in made.verdicts if v.kind == "conv" and v.path + OF_WEIGHTS in called]
+    planned |= {v.path + OF_WEIGHTS for v in own}
+    why = _counted(f"{v.layer.split()[0]} normalizes its own weights: {v.reason}" for v in own)
+    row.kept_why = "; ".join(filter(None, (row.kept_why, why)))
     row.norms_called, row.norms_planned = len(called), len(planned)
     row.norms_missing = "; ".join(sorted(called - planned))
 
@@ -181,6 +188,9 @@ class _Twins:
             if _is_norm(module):
                 module.register_forward_pre_hook(lambda *_, path=path: self.inside.append(path))
                 module.register_forward_hook(lambda *_: self.called.add(self.inside.pop()))
+            elif isinstance(module, _ConvNd):
+                module.register_forward_pre_hook(lambda *_, path=path: self.inside.append(path + OF_WEIGHTS))
+                module.register_forward_hook(lambda *_: self.inside.pop() and None)
 
     def accepts(self, size: int) -> bool:
         """Whether the original takes this size."""
@@ -263,7 +273,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class _Functional(TorchFunctionMode):
-    """Notes the functions that normalize while no norm module is being executed."""
+    """Notes the functions that normalize while no norm module is being executed; in a convolution, that one."""
 
     def __init__(self, inside: list[str], seen: set[str]):
         super().__init__()
@@ -271,6 +281,6 @@ class _Functional(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        if name in _FUNCTIONAL and not self.inside:
-            self.seen.add(f"{name}()")
+        if name in _FUNCTIONAL and (not self.inside or self.inside[-1].endswith(OF_WEIGHTS)):
+            self.seen.add(self.inside[-1] if self.inside else f"{name}()")
         return function(*args, **(kwargs or {}))

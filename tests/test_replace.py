@@ -452,3 +452,11 @@ def test_without_timm_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.layers", None)
     with pytest.raises(ImportError, match="pip install timm"):
         knport.replace_norm(conv_norm_act(nn.BatchNorm2d(8)), "frn")
+
+
+def test_all_in_the_context_of_the_meta_device():
+    with torch.device("meta"):
+        model = timm.create_model("test_vit")
+        assert all(p.is_meta for p in knport.replace_norm(model, "positional").parameters())
+        rows = {v.path: v for v in knport.plan(model).verdicts}
+    assert rows["blocks.0.norm1"].verdict == "absorbed" and rows["blocks.0.attn.qkv"].norm_window == 3

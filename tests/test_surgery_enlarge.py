@@ -37,6 +37,12 @@ def test_embedded_weights_convolve_as_the_1x1_did(enlarge, stride, size, options
         assert ours(x).shape == old(x).shape
 
 
+def test_an_enlarged_kernel_keeps_its_memory_format():
+    for form in (torch.contiguous_format, torch.channels_last):
+        new = convert(chain().to(memory_format=form), example_inputs=X)
+        assert new[0].weight.is_contiguous(memory_format=form) and new[0].kernel_size == (2, 2)
+
+
 def test_the_side_of_the_padding_alternates_along_a_chain():
     new = convert(chain(), example_inputs=X)
     sides = [new[i].padding for i in (0, 2, 4)]

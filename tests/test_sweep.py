@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from timm.layers import StdConv2d
 from torch import nn
 
 from experiments import sweep as command
@@ -55,6 +56,12 @@ def test_one_row_says_what_happened():
     assert (row.batchnorms, row.batchnorms_left, row.kernelnorm, row.knconv) == (2, 1, 1, 1)
     assert "never called" in row.left_why
     assert row.norms_called == 2 and row.norms_missing == ""  # the norm and the function, both with a verdict
+
+
+def test_a_convolution_that_normalizes_its_weights_has_the_verdict_of_a_convolution():
+    row = examine(Network("a/std", "classification", lambda: nn.Sequential(StdConv2d(3, 4, 3), nn.BatchNorm2d(4))))
+    assert (row.norms_called, row.norms_planned, row.norms_missing) == (2, 2, "")
+    assert "1 StdConv2d normalizes its own weights: StdConv2d has its own forward" in row.kept_why
 
 
 @pytest.mark.slow

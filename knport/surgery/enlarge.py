@@ -32,7 +32,7 @@ def enlarged_padding(conv: torch.nn.Module, size: int, side: int) -> Pairs:
 def embed(weight: Tensor, size: int, side: int) -> Tensor:
     """A kernel of `size` per side that is zero but for the old 1x1 tap: the convolution's output stays the same.
 
-    With `enlarged_padding` this holds for every stride, for odd and even maps.
+    With `enlarged_padding` this holds for every stride, for odd and even maps. A channels-last weight stays one.
 
     Args:
         weight: (out, in / groups, 1, ...).
@@ -43,4 +43,7 @@ def embed(weight: Tensor, size: int, side: int) -> Tensor:
     tap, _ = side_paddings(size, side)
     large = weight.new_zeros(*weight.shape[:2], *(size,) * ndim)
     large[(slice(None), slice(None), *(tap,) * ndim)] = weight.reshape(weight.shape[:2])
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(ndim)
+    if last is not None and weight.stride(-1) == weight.shape[1]:  # all that tells the layouts of 1x1 kernels apart
+        return large.contiguous(memory_format=last)
     return large

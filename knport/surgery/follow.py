@@ -20,6 +20,7 @@ _ORIGIN = "_knport_origin"  # kept on the tensor itself
 _MOVES = frozenset({"reshape", "move", "pad", "cat"})
 _KEEPS = frozenset({"act", "dropout", "identity"})
 _SUMS = frozenset({"add", "mul"})
+_NUMBERS = {"dtype": torch.int32, "device": "cpu"}  # whatever `torch.device` the caller has set
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def tokens_of(x: Any) -> Tokens:
     if not torch.equal(place, origin.position[..., -1]) or origin.grid is None or not bool(place.any()):
         return Tokens(norm, why="its tokens lie on no map")
     height, width = origin.grid
-    raster = 1 + torch.arange(x.shape[0] * height * width, dtype=torch.int32).view(x.shape[0], -1)
+    raster = 1 + torch.arange(x.shape[0] * height * width, **_NUMBERS).view(x.shape[0], -1)
     prefix = place[0].numel() - height * width
     flat = place.reshape(x.shape[0], -1)
     fits = prefix >= 0 and (x.dim() == 3 or (prefix == 0 and place.shape[1:] == origin.grid))
@@ -162,13 +163,13 @@ def _set(tensor: Tensor, origin: Origin) -> None:
 
 
 def _none(like: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.int32).expand(like.shape)
+    return torch.zeros((), **_NUMBERS).expand(like.shape)
 
 
 def _channels(like: Tensor, dim: int) -> Tensor:
     shape = [1] * like.dim()
     shape[dim] = like.shape[dim]
-    return torch.arange(1, like.shape[dim] + 1, dtype=torch.int32).view(shape).expand(like.shape)
+    return torch.arange(1, like.shape[dim] + 1, **_NUMBERS).view(shape).expand(like.shape)
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,9 @@ def _vectors(old: Origin, out: Tensor, channels_last: bool) -> _Place:
         for step in (2, 4):
             coarse = (-(-height // step), -(-width // step))
             if flat.shape[1] == coarse[0] * coarse[1]:
-                full = torch.arange(1, images * height * width + 1, dtype=torch.int32).view(images, height, width)
+                full = torch.arange(1, images * height * width + 1, **_NUMBERS).view(images, height, width)
                 if torch.equal(flat, full[:, ::step, ::step].flatten(1)):
-                    order = torch.arange(1, flat.numel() + 1, dtype=torch.int32).view(first.shape)
+                    order = torch.arange(1, flat.numel() + 1, **_NUMBERS).view(first.shape)
                     return _Place(order.unsqueeze(-1).expand(out.shape), coarse)
     return _Place(first.unsqueeze(-1).expand(out.shape), old.grid)
 
@@ -198,5 +199,5 @@ def _vectors(old: Origin, out: Tensor, channels_last: bool) -> _Place:
 def _fresh_map(x: Tensor) -> Origin:
     """Positions of an (N, C, H, W) map."""
     images, _, height, width = x.shape
-    position = torch.arange(1, images * height * width + 1, dtype=torch.int32).view(images, 1, height, width)
+    position = torch.arange(1, images * height * width + 1, **_NUMBERS).view(images, 1, height, width)
     return Origin(position.expand(x.shape), (height, width))
