@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-from experiments import plots, tables
+from experiments import plots, predictions, tables
 from experiments.activations import Stage, activations_plot
 from experiments.backbones import groups as groups_of
 from experiments.comparison import Comparison, Prediction
@@ -32,7 +32,7 @@ def body(one: Comparison) -> str:
                 section(f"{_name(rows)} by epoch", _curves(one.results, series, sizes)),
                 section("What a training step costs", _costs(rows, series, sizes)),
                 section("Scale of activations by stage", _activations(one.stages, series)),
-                section("Predictions", _predictions(one.predictions, series)),
+                section("Predictions", _predictions(one.predictions, series, rows[0].recipe)),
                 section("Setting", table(tables.settings(rows)) + _commands(rows) + _paper(rows)),
             ],
         )
@@ -141,19 +141,32 @@ def _activations(stages: Sequence[Stage], series: Sequence[Series]) -> str:
     return (_legend(series) + panels(figures)) if figures else ""
 
 
-def _predictions(pictures: Sequence[Prediction], series: Sequence[Series]) -> str:
-    """A row per test image: the image, the true classes, what each network made of it."""
+def _predictions(pictures: Sequence[Prediction], series: Sequence[Series], recipe: str) -> str:
+    """The colours of the classes; per test image a row: the image, the true classes, what each network made of it."""
+    if not pictures:
+        return ""
     labels = {(one.model, one.norm): plots.name_of(one, series) for one in series}
-    text = ""
+    several = len({picture.batch_size for picture in pictures}) > 1
+    text = _classes(recipe)
     for file in list(dict.fromkeys(picture.file for picture in pictures)):
-        mine = [picture for picture in pictures if picture.file == file]
+        mine = [one for network in labels for one in pictures if (one.file, one.model, one.norm) == (file, *network)]
         cells = [("image", mine[0].image), ("truth", mine[0].truth)]
         for one in mine:
-            size = f", batch size {one.batch_size}" if len({p.batch_size for p in pictures}) > 1 else ""
+            size = f", batch size {one.batch_size}" if several else ""
             cells.append((f"{labels[one.model, one.norm]}{size}", one.predicted))
         figures = [figure(f'<img alt="{escape(name)} of {escape(file)}" src="{uri}">', name) for name, uri in cells]
         text += f'<div class="pictures">{"".join(figures)}</div>'
     return text
+
+
+def _classes(recipe: str) -> str:
+    """The colour of each class."""
+    pairs = zip(predictions.PALETTES[recipe], predictions.NAMES[recipe], strict=True)
+    spots = [
+        f'<span><span class="dot" style="background:rgb{tuple(colour)}"></span>{escape(name)}</span>'
+        for colour, name in pairs
+    ]
+    return f'<p class="legend">{"".join(spots)}</p>'
 
 
 def commands(rows: Sequence[Row]) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 import tyro
 from PIL import Image
 
+from experiments.data import streets
 from experiments.data.files import IGNORE, SegmentationSet
 from experiments.data.images import scale
 from experiments.saved_run import SavedRun, open_run
@@ -34,6 +35,7 @@ CITYSCAPES = (
     (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
 )  # fmt: skip
 PALETTES = {"camvid": CAMVID, "cityscapes": CITYSCAPES}
+NAMES = {"camvid": streets.CAMVID, "cityscapes": tuple(streets.CITYSCAPES.values())}
 
 
 def predictions(

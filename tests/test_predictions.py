@@ -70,7 +70,9 @@ def test_predictions_are_drawn_of_the_first_seed(compared):
     drawn = find(compared).comparisons[0].predictions
     files = {one.file for one in drawn}
     assert len(drawn) == 2 * len(files) and all(one.predicted.startswith("data:image/png;base64,") for one in drawn)
-    assert (compared / "report.html").read_text().count("<img") == len(files) * (2 + 2)
+    page = (compared / "report.html").read_text()
+    assert page.count("<img") == len(files) * (2 + 2)
+    assert all(f"{name}</span>" in page for name in CAMVID) and "background:rgb(128, 64, 128)" in page
 
 
 def test_a_picture_is_image_truth_and_prediction(saved):
