@@ -208,10 +208,25 @@ def test_tensorboard(tmp_path):
     assert list((tmp_path / "run" / "track").rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_tracker_that_is_not_installed(tmp_path):
-    with pytest.raises(KNPortError, match="pip install wandb"):
-        train(tiny(tmp_path, track="wandb"), quiet=True)
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "mlflow"])
+def test_a_tracker_that_is_not_installed(tmp_path, tracker):
+    if importlib.util.find_spec(tracker) is not None:
+        pytest.skip(f"{tracker} is installed")
+    with pytest.raises(KNPortError, match=f"pip install {tracker}"):
+        train(tiny(tmp_path, track=tracker), quiet=True)
+
+
+def test_compile(tmp_path, kn_net, monkeypatch):
+    """Traced, and run by torch's own operators in place of compiled ones, which take long to make."""
+    original, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or original(net, backend="eager"))
+    train(tiny(tmp_path, "compiled", compile=True), quiet=True)
+    assert len(compiled) == 1
+    train(tiny(tmp_path, "plain"), quiet=True)
+    assert len(compiled) == 1
+    saved = load_file(tmp_path / "compiled" / "last" / "model.safetensors")
+    assert saved.keys() == TinyKN(10).state_dict().keys()
+    torch.testing.assert_close(weights(tmp_path / "compiled"), weights(tmp_path / "plain"), atol=1e-6, rtol=1e-5)
 
 
 def test_cifar_from_disk(tmp_path):
