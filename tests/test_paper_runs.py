@@ -18,6 +18,7 @@ from cifar_files import write_cifar
 from imagenet32_files import write_imagenet32
 from picture_files import write_cityscapes, write_imagenet, write_tiny_imagenet
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from experiments import __main__, models
 from experiments.data import data_set
@@ -100,8 +101,8 @@ def small_networks(monkeypatch):
             dropout = options.get("dropout", 0.05)
             layers = [KNConv2d(in_chans, 8, 3, 2, 1, dropout=dropout), nn.ReLU(), KernelNorm2d(dropout=dropout)]
         else:
-            layers = [nn.Conv2d(in_chans, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-        width = 8 if len(layers) == 3 and isinstance(layers[0], KNConv2d) else 64
+            layers = [nn.Conv2d(in_chans, 64, 3, 2, 1, bias=False), BasicBlock(64, 64)]
+        width = layers[0].out_channels
         if name.startswith("fcn_"):
             return nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1))
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))

@@ -12,6 +12,7 @@ from knport.errors import AlreadyWrapped, KNPortError
 from knport.layers.kn_conv import KNConv1d, KNConv2d, KNConv3d, _KNConv
 from knport.layers.kn_linear import KNLinear
 from knport.layers.normalized_conv import NormalizedConv2d
+from knport.privacy.copies import let_be_edited
 from knport.privacy.normalized import normalized_grad_samples, normalized_norm_samples
 from knport.privacy.record import record
 from knport.privacy.samplers import grad_samples, linear_grad_samples, linear_norm_samples, norm_samples
@@ -22,7 +23,8 @@ def prepare(model: nn.Module) -> nn.Module:
     """Let Opacus train `model`: its KN layers keep the statistics that per-sample gradients are made of.
 
     They keep them only while Opacus holds the model, so that a prepared model is otherwise what it was. Activations in
-    place are made to return new tensors, and KN layers return copies: nothing may edit what a hook of Opacus watches.
+    place are made to return new tensors, and KN layers and norms return copies: nothing may edit what a hook of Opacus
+    watches.
 
     Works with ``grad_sample_mode="hooks"`` (the default) and ``"ghost"``; with ``"functorch"`` at dropout 0 only, else
     the forward pass raises.
@@ -55,6 +57,10 @@ def prepare(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False
+    grad_sample, validators = _opacus("grad_sample"), _opacus("validators")
+    fast = grad_sample.GradSampleModuleFastGradientClipping
+    rules = grad_sample.GradSampleModule.GRAD_SAMPLERS, fast.NORM_SAMPLERS, validators.ModuleValidator.VALIDATORS
+    let_be_edited(model, *rules)
     return model
 
 
