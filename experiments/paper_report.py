@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments import paper_tables, tables
+from experiments.labels import NORM_LABELS
 from experiments.paper_table import TMLR, Column, Line, PaperTable, Value, kind_in
 from experiments.paper_tables import TABLES
 from experiments.published import standard_name
 from experiments.results import Row
-from experiments.summary import NORM_LABELS
 from experiments.tables import Section, Table, Text
 
 READING = (

@@ -19,7 +19,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from experiments.summary import Metric, Series, main_budget, metric_of
+from experiments.labels import Metric
+from experiments.summary import Series, main_budget, metric_of
 
 INK, FAINT = "#1f2430", "#c9ced8"
 # kind of norm -> (colour on light, colour on dark, marker)

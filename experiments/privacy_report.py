@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import plots
+from experiments.labels import NORM_LABELS
 from experiments.results import number
-from experiments.summary import NORM_LABELS
 from experiments.tables import Section, Table, Text
 
 ACCURACY_FILE, MEMBERSHIP_FILE = "accuracy.csv", "membership.csv"

@@ -12,40 +12,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
+from experiments.labels import METRICS, NORM_LABELS, Metric
 from experiments.published import published
 from experiments.results import Row
 from knport.errors import KNPortError
 
-NORM_LABELS = {
-    "batch": "BatchNorm",
-    "group": "GroupNorm",
-    "group_ws": "GroupNorm + WS",
-    "kernel": "KernelNorm",
-    "layer": "LayerNorm",
-    "instance": "InstanceNorm",
-    "local_context": "LocalContextNorm",
-    "normalized": "normalized convolution",
-    "positional": "PositionalNorm",
-    "frn": "FilterResponseNorm",
-    "evonorm_s0": "EvoNorm-S0",
-    "none": "no norm",
-}
-
-
-class Metric(NamedTuple):
-    """What runs are ranked by: its name in the log, in a sentence, and as the title of an axis."""
-
-    column: str
-    name: str
-    axis: str
-
-
-METRICS = {
-    "top1": Metric("top1", "top-1 accuracy", "top-1 accuracy [%]"),
-    "miou": Metric("miou", "mean IoU", "mean IoU [%]"),
-}
 STANDARD_ERRORS = 2.0
 
 
