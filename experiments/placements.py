@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor, nn
 
 import architectures
-from architectures import cifar_densenet, knresnet, vit
+from architectures import cifar_densenet, conformer, knresnet, vit
 from architectures.convmixer import KNConvMixer
 from architectures.initialization import lecun_init
 from architectures.registry import register
@@ -112,8 +112,8 @@ def _tried(name: str, kind: Callable[..., nn.Module], settings: Mapping[str, Any
 
 
 ADAMW = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01}
+CONFORMER = {"steps": STEPS // 2, "optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}
 VIT = {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}
-LONGER = {"steps": 3 * STEPS}
 TRIALS: Mapping[str, Trial] = {
     "ConvMixer": Trial("cifar_convmixer"),
     "ConvMixer, LayerNorm": Trial("cifar_convmixer", settings={"norm": "layer"}),
@@ -129,8 +129,6 @@ TRIALS: Mapping[str, Trial] = {
     "KN-ConvMixer, AdamW": Trial("kncifar_convmixer", settings=ADAMW),
     "KN-ConvMixer, lower learning rate": Trial("kncifar_convmixer", settings={"lr": 0.015}),
     "KN-ConvMixer, higher learning rate": Trial("kncifar_convmixer", settings={"lr": 0.15}),
-    "ConvMixer, longer": Trial("cifar_convmixer", settings=LONGER),
-    "KN-ConvMixer, longer": Trial("kncifar_convmixer", settings=LONGER),
     "ResNet": Trial("cifar_resnet8x2"),
     "KNResNet": Trial("kncifar_resnet8x2"),
     "KNResNet, published initial weights": _tried("published", knresnet.kncifar_resnet8x2, init="published"),
@@ -149,6 +147,9 @@ TRIALS: Mapping[str, Trial] = {
     "KN-ViT, units of one token": _tried("token", vit.knvit_test, VIT, window=1),
     "KN-ViT, patch embedding over 3 x 3 patches": _tried("patches", vit.knvit_test, VIT, patch_window=3),
     "KN-ViT, plain patch embedding": _tried("embedding", vit.knvit_test, VIT, patch_window=0),
+    "KN-Conformer": Trial("knconformer_test", settings=CONFORMER),
+    "KN-Conformer, 2 x 2 kernels": _tried("conformer", conformer.knconformer_test, CONFORMER, form="pair"),
+    "KN-Conformer, no dropout": Trial("knconformer_test", settings=CONFORMER | {"dropout": 0.0}),
 }
 
 

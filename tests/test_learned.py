@@ -80,7 +80,8 @@ def test_section(tmp_path):
     write(tmp_path, Results(tuple(rows), ()))
     text = learned.section(tmp_path)
     assert "| cifar_resnet8x2 | kncifar_resnet8x2 | 32 | 3,200 | 0.1 | 31.0 ± 1.4 | 34.0 | +3.0 |" in text
-    assert "10,000 training and 2,000 test images of 20 classes" in text and "seeds 0, 1" in text
+    flat = " ".join(text.split())
+    assert "10,000 training and 2,000 test images of 20 classes" in flat and "seeds 0, 1" in flat
     assert "Trials" not in text
     with (tmp_path / "trials.csv").open("w", newline="") as file:
         writer = csv.writer(file)
