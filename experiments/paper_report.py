@@ -14,8 +14,8 @@ from experiments.tables import Section, Table, Text
 
 READING = (
     "paper: the value of the final paper (TMLR 2024), that of the first submission (v1, 2022) in small print; in "
-    "the tables of Kim et al. (2020), theirs. ours: mean ± SD of n seeds of our runs of the same cell on the whole data set, "
-    "with their epochs. Runs on a part of the data stand in the comparisons above, not here."
+    "the tables of Kim et al. (2020), theirs. ours: mean ± SD of n seeds of our runs of the same cell on the whole "
+    "data set, with their epochs. Runs on a part of the data stand in the comparisons above, not here."
 )
 
 
