@@ -130,12 +130,13 @@ def row(one: Count, original: Count | None, spread_of_sd: str = "") -> str:
     return f"| {one.model} | {mega} | {one.macs / 1e9:.2f} G | {one.peak_mib:.0f} MiB | {ratios} | {spread_of_sd} |"
 
 
-def architecture_table(folder: Path = Path("docs"), keep: bool = False) -> None:
+def architecture_table(folder: Path = Path("docs"), keep: bool = False, results: Path = learned.FOLDER) -> None:
     """Count every network and write architectures.csv and architectures.md.
 
     Args:
         folder: to write to; signal_propagation.csv is read there.
         keep: take the counts that the CSV holds already, and count only what is new.
+        results: folder of what the small networks learned.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "architectures.csv"
@@ -147,7 +148,7 @@ def architecture_table(folder: Path = Path("docs"), keep: bool = False) -> None:
                 write_counts(path, counts)
     traced = folder / "signal_propagation.csv"
     spreads = {name: spread(found) for name, found in read_csv(traced).items()} if traced.exists() else {}
-    sections = (INTRODUCTION.strip(), table(counts, spreads), learned.section(), PROPAGATION.strip())
+    sections = (INTRODUCTION.strip(), table(counts, spreads), learned.section(results), PROPAGATION.strip())
     text = "\n\n".join(filter(None, sections))
     (folder / "architectures.md").write_text(f"{text}\n", encoding="utf-8")
 

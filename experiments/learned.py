@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import statistics
 import textwrap
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +45,6 @@ def about(rows: Sequence[Row]) -> str:
         "trained by SGD and the others by AdamW, with one learning rate, which falls along a cosine, for both networks "
         f"of a family. {CAUTION}"
     )
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 

@@ -34,7 +34,7 @@ def test_images():
 def test_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "kernel_normalized", lambda: [PAIR[0]])
     write_csv(tmp_path / "signal_propagation.csv", {PAIR[0]: [Stage("stem", 0.5), Stage("norm", 1.5)]})
-    tool.architecture_table(tmp_path)
+    tool.architecture_table(tmp_path, results=tmp_path)
     text = (tmp_path / "architectures.md").read_text()
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ") and "cifar" in line]
     assert [row[0].strip() for row in rows] == list(PAIR)
@@ -42,5 +42,5 @@ def test_the_files(tmp_path, monkeypatch):
     counted = tool.read_counts(tmp_path / "architectures.csv")
     assert counted.keys() == set(PAIR)
     monkeypatch.setattr(tool, "count", lambda name, image: pytest.fail(f"{name} was counted again"))
-    tool.architecture_table(tmp_path, keep=True)
+    tool.architecture_table(tmp_path, keep=True, results=tmp_path)
     assert (tmp_path / "architectures.md").read_text() == text
