@@ -4,8 +4,9 @@ ConvMixer normalizes what its next convolution reads: convolution, GELU, BatchNo
 takes the place of each BatchNorm *and* the convolution behind it: the depthwise KNConv normalizes units of k x k pixels
 over all channels (a filter sees one channel, the statistics see all), the pointwise one the sum of branch and identity,
 and the last BatchNorm becomes a KernelNorm before the pool. The patch embedding (KNConv p x p, stride p) takes its
-statistics of 3 x 3 patches, since those of one would take each patch's brightness and contrast away for good. No paper
-gives these networks; the pointwise convolution, whose unit would be one pixel, has two forms:
+statistics of 3 x 3 patches, since those of one would take each patch's brightness and contrast away for good. Other
+placements learned less in short trials (docs/architectures.md), and the original's BatchNorm more at batch size 32. No
+paper gives these networks; the pointwise convolution, whose unit would be one pixel, has two forms:
 
     window   KNConv 1x1 with units of 3 x 3 (`norm_window`): the parameters and MACs of the original.
     2x2      KNConv 2x2, padded on alternating sides from block to block, in a narrower network with the parameters of

@@ -9,7 +9,8 @@ the last LayerNorm does.
 
 The patches become tokens by a KNConv, a patch being its unit. That takes away its brightness and contrast, which no
 later layer sees. `patch_window` chooses: statistics of 3 patches around each leave the differences between neighbours,
-and 0 is the original's plain convolution, which leaves everything. The positions are added behind the embedding, where
+and 0 is the original's plain convolution, which leaves everything (trials of both windows: docs/architectures.md). The
+positions are added behind the embedding, where
 no norm can divide them by the contrast of the patch.
 
 Published code that calls itself a kernel normalized ViT takes tokens for channels, so that a unit spans all tokens and
