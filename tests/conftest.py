@@ -1,11 +1,19 @@
 """What all tests share: a fixed seed, so that a failure repeats, and one thread, faster than two on small tensors."""
 
+import gc
 import os
 
 import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen():
+    """accelerate collects garbage after every run; it need not look through all of torch and timm each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ network is built and passed two images on the meta device.
 
 from __future__ import annotations
 
-import gc
 import re
 import shlex
 from collections import defaultdict
@@ -69,15 +68,6 @@ def dry(settings) -> str:
 
 def network(settings) -> str:
     return f"{data_set(settings['recipe'])}-{settings['model']}-{settings['norm']}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen():
-    """accelerate collects garbage after every run; it need not look through all of torch and timm each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
