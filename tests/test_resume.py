@@ -307,6 +307,14 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
         time.sleep(0.005)
 
 
+def kill_all(process: subprocess.Popen) -> None:
+    """What is left of a process and of those it started; a launcher's workers are in groups of their own."""
+    if process.poll() is None:
+        for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+            started.kill()
+        process.wait(timeout=60)
+
+
 def interrupt(command: tuple[str, ...], folder: Path, number: int) -> tuple[int, str]:
     """Start, and send the signal in mid-run to the process that was started; its exit code and its words."""
     process = start(command, folder)
@@ -319,8 +327,7 @@ def interrupt(command: tuple[str, ...], folder: Path, number: int) -> tuple[int,
                 worker.kill()
         said = process.communicate(timeout=120)[0]
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_all(process)
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
     return process.returncode, said
 

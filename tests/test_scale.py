@@ -18,7 +18,7 @@ import submitit
 from processes import Processes, needs_fork, run_two
 from submitit.core.submission import process_job
 from submitit.core.utils import DelayedSubmission
-from test_resume import FLAGS, at_step, contents, saved_step, tiny, wait_for_checkpoint, whole
+from test_resume import FLAGS, at_step, contents, kill_all, saved_step, tiny, wait_for_checkpoint, whole
 from test_train import TinyKN
 
 from experiments import submit as submission
@@ -78,8 +78,7 @@ def test_the_slurm_script(cluster):
         started.send_signal(signal.SIGUSR1)
         said = started.communicate(timeout=120)[0]
     finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
+        kill_all(started)
     assert started.returncode == 0, said
     assert "stopped at step" in said
     assert (cluster / "requeued").read_text() == "4242\n"
