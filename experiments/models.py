@@ -46,7 +46,7 @@ def build(
         in_chans: channels of the images.
         image_size: their height in pixels; at most 64 means the low-resolution stem: `architectures` builds it in,
             and a ResNet of timm or torchvision gets a 3 x 3 stride-1 first convolution and no max pool, as usual on
-            CIFAR.
+            CIFAR. Networks of timm that take images of one size (most transformers) are built for this one.
         dense: the model is to give scores at many places of an image of any size, for segmentation.
         dropout: p of every kernel normalization layer. The networks of `architectures` give their last KernelNorm
             the share of it that was published with them, others are given `set_dropout`; None leaves all as it is.
@@ -138,7 +138,7 @@ def _create(name: str, num_classes: int, in_chans: int, image_size: int, **optio
         sizes = {"num_classes": num_classes, "in_chans": in_chans}
         return architectures.create_model(name, **sizes, low_resolution=small, **options)
     if library == "timm" and timm.is_model(rest):
-        model = timm.create_model(rest, num_classes=num_classes, in_chans=in_chans)
+        model = timm.create_model(rest, num_classes=num_classes, in_chans=in_chans, **_sizes(rest, image_size))
     elif library == "torchvision" and rest in torchvision.models.list_models(torchvision.models):
         options = {"aux_logits": False, "init_weights": True} if rest in AUXILIARY else {}
         model = torchvision.models.get_model(rest, weights=None, num_classes=num_classes, **options)
@@ -148,6 +148,12 @@ def _create(name: str, num_classes: int, in_chans: int, image_size: int, **optio
     if small:
         _shrink_stem(model)
     return model
+
+
+def _sizes(name: str, image_size: int) -> dict[str, int]:
+    """What a timm network that is built for images of one size (most transformers) has to be told: theirs."""
+    stated = timm.get_pretrained_cfg(name)
+    return {"img_size": image_size} if stated.fixed_input_size and stated.input_size[-1] != image_size else {}
 
 
 def _shrink_stem(model: nn.Module) -> None:

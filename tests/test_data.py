@@ -181,3 +181,10 @@ def test_sums_are_torchvisions():
     for theirs in (CIFAR10, CIFAR100):
         assert ARCHIVES[theirs.filename] == theirs.tgz_md5
         assert FILES[theirs.base_folder] == dict(theirs.train_list + theirs.test_list)
+
+
+def test_enlarged_digits_are_the_same_digits():
+    for large, small in zip(data.load(resolve("digits32")), data.load(resolve("digits")), strict=True):
+        assert large.images.shape[1:] == (1, 32, 32) and torch.equal(large.labels, small.labels)
+        means = torch.nn.functional.avg_pool2d(large.images.float(), 4)
+        assert (means - small.images).abs().mean() < 16, "of 255: blurred, and where they were"

@@ -93,6 +93,14 @@ def test_gain_and_bias_of_the_norm_behind_go_into_the_weights(size, init):
     assert "folded into 0" in verdict(with_affine, "1").reason
 
 
+def test_units_of_few_values_get_no_dropout():
+    wide = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    made = plan(wide, KNConfig(dropout=0.1), example_inputs=X)
+    new = made.apply(wide)
+    assert (new[0].dropout, new[2].dropout) == (0.0, 0.1), "27 values and 72"
+    assert any(note.startswith("no dropout in 0:") for note in made.notes)
+
+
 def test_a_branch_that_begins_at_zero_still_does():
     class Block(nn.Module):
         def __init__(self):
@@ -225,7 +233,7 @@ class Residual(nn.Module):
 
 def test_the_last_norm_becomes_a_kernelnorm_and_its_convolution_a_knconv():
     new = convert(head(*post()), KNConfig(dropout=0.02), example_inputs=X)
-    assert isinstance(new[0], KNConv2d) and new[0].dropout == 0.02
+    assert isinstance(new[0], KNConv2d)
     assert isinstance(new[1], KernelNorm2d) and new[1].dropout == pytest.approx(0.1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.data.cifar import cifar10, cifar100
-from experiments.data.digits import digits
+from experiments.data.digits import digits, digits32
 from experiments.data.files import FileSet, SegmentationSet
 from experiments.data.imagenet import imagenet, tiny_imagenet
 from experiments.data.imagenet32 import imagenet32
@@ -13,6 +13,7 @@ from experiments.run import Run
 
 READERS = {
     "digits": digits,
+    "digits32": digits32,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "tiny_imagenet": tiny_imagenet,

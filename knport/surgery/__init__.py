@@ -68,7 +68,7 @@ def plan(
         verdicts=rows,
         final_norms=tuple(_final_norm(place, config) for place in places),
         inplace_off=switch_off(graph, removed, dict(model.named_modules())),
-        notes=(*notes, *_batch_note(rows)),
+        notes=(*notes, *_batch_note(rows), *_dropout_note(rows, config)),
         parameters=(parameters_of(model), parameters_after(model, rows)),
         reader=graph.reader,
         input_shape=graph.input_shape,
@@ -167,6 +167,11 @@ def _resized(model: nn.Module, made: Plan, goal: Goal, example_inputs: Any) -> P
 def _batch_note(rows: tuple[Verdict, ...]) -> list[str]:
     left = sum(1 for v in rows if v.verdict == KEPT and "BatchNorm" in v.layer)
     return [f"{left} BatchNorm stay: in training an image still depends on its batch"] if left else []
+
+
+def _dropout_note(rows: tuple[Verdict, ...], config: KNConfig) -> list[str]:
+    small = [v.path for v in rows if v.dropout == 0.0] if config.dropout else []
+    return [f"no dropout in {', '.join(small)}: too few values in a unit (see KNConfig.dropout)"] if small else []
 
 
 def _final_norm(place, config: KNConfig) -> FinalNorm:

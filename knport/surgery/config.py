@@ -17,7 +17,9 @@ class KNConfig:
 
     Args:
         dropout: probability with which an entry is left out of a unit's statistics in training. The last KernelNorm
-            before the head gets ``min(5 * dropout, 0.25)``, the published proportion.
+            before the head gets ``min(5 * dropout, 0.25)``, the published proportion; convolutions whose units have
+            fewer than 64 values (3x3 of an image) get none: on flat ones, as backgrounds are, masks of so few values
+            shift the mean of what training sees, and evaluation without masks would see something else.
         eps: added to the variance. A layer that takes along the gain and bias of a LayerNorm keeps the eps of that.
         enlarge: what becomes of 1x1 convolutions, whose unit would be one pixel: "2x2" and "3x3" enlarge the kernel
             (the map keeps its size by zero padding, on alternating sides for 2x2), "window" keeps the kernel and
