@@ -5,6 +5,7 @@ The same command goes on where it stopped: finished runs are skipped, interrupte
 
 from __future__ import annotations
 
+import inspect
 import math
 import shlex
 import time
@@ -142,9 +143,14 @@ def _check_names(runs: Sequence[Run]) -> None:
 def command_line(recipe: str, options: dict[str, Any]) -> str:
     """The shell command that gives these options; an absolute data folder is written as DIR."""
     words = ["python", "-m", "experiments", "compare", recipe]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(compare).parameters.items()}
     for name, value in options.items():
         values = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-        if value in (None, "", (), []) or (name == "data_dir" and value == "data"):
+        if (
+            value in (None, "")
+            or (value in ((), []) and not defaults[name])
+            or (name == "data_dir" and value == "data")
+        ):
             continue
         if name in ("data_dir", "out") and Path(value).is_absolute():
             values = ["DIR"]

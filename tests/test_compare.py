@@ -193,12 +193,13 @@ def test_a_second_comparison_in_the_same_folder_adds_to_it(tmp_path, trained):
     assert len(cells) == 4 and len({cell["command"] for cell in cells}) == 2
 
 
-def test_the_command_stated_is_the_command(monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"models": (), "norms": (), "batch_sizes": ()}])
+def test_the_command_stated_is_the_command(monkeypatch, changes):
     """What the report prints, typed into a shell, gives the same call."""
     given = {
         "models": ("a", "timm/b"), "norms": ("original",), "batch_sizes": (2, 32), "seeds": (0,), "epochs": (3, 6),
         "lr": (0.001, 0.05), "extra": ("x:kernel:8:epochs=1",), "override": ("augment=none",), "classes": 20,
-        "train_images": 1000, "dropout": 0.1, "data_dir": "some where", "out": "runs/x",
+        "train_images": 1000, "dropout": 0.1, "data_dir": "some where", "out": "runs/x", **changes,
     }  # fmt: skip
     calls = []
 
