@@ -78,7 +78,7 @@ def test_convert_and_what_can_be_done_with_the_folder(capsys, tmp_path):
     code, out, _ = run(capsys, "convert", *SMALL, "--dropout", "0.1", "--out", folder)
     assert code == 0 and "15 absorbed" in out and f"knport.load('{folder}') loads it" in out
     model = knport.load(folder)
-    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5) and model.conv1[0].dropout == 0.1
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5) and model.layer1[0].conv1.dropout == 0.1
     assert "takes over from" in run(capsys, "plan", folder)[1]
     assert [plan["model"] for plan in json.loads(run(capsys, "plan", folder, "--json")[1])] == ["ResNet"]
     found = json.loads(run(capsys, "summary", folder, "--json")[1])

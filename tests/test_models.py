@@ -90,7 +90,7 @@ def test_dropout_zero_is_deterministic():
         ("torchvision/resnet81", "original", UnknownName, "did you mean 'torchvision/resnet"),
         ("hub/resnet18", "original", UnknownName, "unknown model 'hub/resnet18'"),
         ("cifar_resnet8", "kernels", UnknownName, "unknown norm 'kernels'; did you mean 'kernel'"),
-        ("timm/vit_tiny_patch16_224", "original", KNPortError, r"cannot take images \(3, 32, 32\): .*choose a model"),
+        ("torchvision/vit_b_16", "original", KNPortError, r"cannot take images \(3, 32, 32\): .*choose a model"),
     ],
 )
 def test_what_cannot_be_built(name, norm, error, match):
@@ -113,3 +113,7 @@ def test_names():
     assert {"knresnet18", "cifar_resnet8", "timm/resnet18", "torchvision/resnet18"} <= set(names)
     assert len(names) == len(set(names))
     assert knport.KNConv2d in KN_CONVS
+
+
+def test_a_transformer_is_built_for_the_images_at_hand():
+    assert build("timm/test_vit3", num_classes=10, in_chans=1, image_size=32).patch_embed.img_size == (32, 32)
