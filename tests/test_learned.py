@@ -8,12 +8,18 @@ import pytest
 import torch
 from torch import nn
 
+from architectures import registry
 from experiments import learned, placements
 from experiments.models import build
 from experiments.results import Results, Row, write
 from knport.errors import UnknownName
 
 RESULT = {"steps": 312, "top1": 31.25, "train_loss": 2.5, "test_loss": 2.25, "seconds": 60.2}
+
+
+@pytest.fixture(autouse=True)
+def registry_as_it_was(monkeypatch):
+    monkeypatch.setattr(registry, "_CONSTRUCTORS", dict(registry._CONSTRUCTORS))
 
 
 @pytest.mark.parametrize("name", placements.TRIALS)

@@ -299,7 +299,7 @@ def start(command: tuple[str, ...], folder: Path) -> subprocess.Popen:
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
     """Until a new checkpoint has been written: the training is in mid-epoch."""
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 200
     before = saved_step(folder)
     while saved_step(folder) <= before:
         assert process.poll() is None, process.communicate(timeout=60)[0]
