@@ -257,6 +257,18 @@ def test_box_is_a_mean_and_its_transpose(k, stride, dilation, padding):
     torch.testing.assert_close(narrow, (ours.float(), back.float()))
 
 
+def test_a_window_that_is_not_flat_in_a_kernel_of_large_mean():
+    """Which spread is rounding depends on the mean under the kernel, whatever the window."""
+    x = torch.full((1, 64, 3, 3), 1000.0)
+    x[:, :, 1, 1] = 0.01 * torch.randn(64)
+    weight = torch.randn(4, 64, 3, 3)
+    settings = {"norm_window": 1}
+    ours = functional.kn_conv(x.requires_grad_(), weight, **settings)
+    assert is_fused(ours)
+    formula = torch.func.vmap(lambda x: functional.kn_conv(x, weight, **settings))(x[None].detach())[0]
+    torch.testing.assert_close(ours, formula, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_outputs_may_be_edited_in_place(layout, dropout):

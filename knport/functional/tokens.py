@@ -99,10 +99,8 @@ def _convolved(x, weight, bias, norm_window, prefix_tokens, grid_size, **how) ->
         return convolve(x, None)
     if x.dim() == 4 and not prefix_tokens:
         return convolve(x, window)
-    batched = x.unsqueeze(0) if x.dim() == 2 else x
-    size = grid_of(batched, prefix_tokens, grid_size)
-    prefix, grid = batched.split([prefix_tokens, size[0] * size[1]], 1)
-    y = convolve(grid.unflatten(1, size), window).flatten(1, 2)
+    prefix, grid = _prefix_and_grid(x, prefix_tokens, grid_size)
+    y = convolve(grid, window).flatten(1, 2)
     if prefix_tokens:
         y = torch.cat([convolve(prefix, None), y], 1)
     return y.squeeze(0) if x.dim() == 2 else y
@@ -128,10 +126,8 @@ def kn_linear_statistics(
     how["norm_window"] = window
     if x.dim() == 4 and not prefix_tokens:
         return kn_conv_statistics(as_map(x), 1, **how)
-    batched = x.unsqueeze(0) if x.dim() == 2 else x
-    size = grid_of(batched, prefix_tokens, grid_size)
-    prefix, grid = batched.split([prefix_tokens, size[0] * size[1]], 1)
-    units = kn_conv_statistics(as_map(grid.unflatten(1, size)), 1, **how)
+    prefix, grid = _prefix_and_grid(x, prefix_tokens, grid_size)
+    units = kn_conv_statistics(as_map(grid), 1, **how)
     units = UnitStatistics(*(maps.flatten(2).unsqueeze(2) for maps in units))  # (N, 1, H, W) -> (N, 1, 1, H W)
     if prefix_tokens:
         alone = kn_conv_statistics(as_map(prefix), 1, **{**how, "norm_window": None})
@@ -146,6 +142,14 @@ def as_map(x: Tensor) -> Tensor:
     while x.dim() < 4:  # (C,) -> (1, 1, 1, C), (N, C) -> (N, 1, 1, C), (N, L, C) -> (N, 1, L, C)
         x = x.unsqueeze(min(1, x.dim() - 1))
     return x.permute(0, 3, 1, 2)
+
+
+def _prefix_and_grid(x: Tensor, prefix_tokens: int, grid_size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """The tokens before the grid, (N, P, C), and the grid, (N, H, W, C); of one image (P + H W, C) N is 1."""
+    batched = x.unsqueeze(0) if x.dim() == 2 else x
+    size = grid_of(batched, prefix_tokens, grid_size)
+    prefix, grid = batched.split([prefix_tokens, size[0] * size[1]], 1)
+    return prefix, grid.unflatten(1, size)
 
 
 def grid_of(x: Tensor, prefix_tokens: int, grid_size: Sequence[int] | None) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The passes over full-size tensors on CPUs: every operator here is one that PyTorch vectorizes in both layouts.
 
-`addcmul` with a map (N, 1, H, W) among its arguments is not, nor is `avg_pool2d` on a one-channel map, nor `var_mean`.
-Rank-one terms are left to the matrix product, which adds all of them, bias included, in one pass.
+`avg_pool2d` on a one-channel map is not, nor `var_mean`, nor `addcmul` with a map (N, 1, H, W) among its factors, but
+for tensors flattened as by `_Flat`: there it multiplies by a map and adds a vector in one pass.
 
 Legend: N images, C channels, H x W the input's map, O x P the units, L = O P, R terms.
 """

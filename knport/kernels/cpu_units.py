@@ -35,9 +35,10 @@ class Units(NamedTuple):
     groups: int = 1
 
 
-# E[u^2] beyond this many variances is |mu| > 8 SD.
+# E[u^2] above this many variances means |mu| > 8 SD.
 TAME = 65
-# Of E[u^2] short of that by this much, the variance is known to the last digit, and 1 / sqrt(var + eps) as well.
+# Where E[u^2] stays below that by at least this much, no unit is flat up to rounding, and `reciprocal_sd` is no more
+# than 1 / sqrt(var + eps), to the last digit of float32.
 PLAIN = 1e-3
 
 
@@ -114,7 +115,7 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     scale = (1 - p / n) / (1 - p)
     if p:
         var = var.mul_(scale).addcmul_(mean, mean, value=scale - 1)  # scale m_2 - mu^2
-    plain = excess < -PLAIN
+    plain = excess < -PLAIN and own_mean is mean  # what is flat is told by the kernel's own mean
     rstd = var.add_(how.eps).rsqrt_() if plain else reciprocal_sd(own_mean.float(), var.float().clamp_min_(0), how.eps)
     kept_mean = mean.to(torch.float32, copy=True)  # `mean` is a view of all moments, which would be kept with it
     offset = kept_mean if not centred else None if own_mean is mean else (mean - own_mean).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+from knport.geometry import ntuple
 from knport.kernels.eager import SMALLEST_GAUSSIAN_UNIT
 from knport.surgery.config import KNConfig
 from knport.surgery.enlarge import target_size
@@ -132,12 +133,10 @@ def _conv(head: dict, graph: Graph, sites: dict[str, Site], found: Match, sides:
         size = target_size(config.enlarge)
         window = window or (3 if size is None else None)
         reason += f"; kernel enlarged to {config.enlarge}" if size else f"; statistics of a {window} pixel window"
-    extent = size or window or module.kernel_size
-    entries = module.in_channels * math.prod(
-        extent if isinstance(extent, tuple) else (extent,) * len(module.kernel_size)
-    )
+    ndim = len(module.kernel_size)
+    entries = module.in_channels * math.prod(ntuple(window or size or module.kernel_size, ndim, "norm_window"))
     dropout = config.dropout if entries >= SMALLEST_GAUSSIAN_UNIT else 0.0
-    more = {"dropout": dropout, "ndim": len(module.kernel_size), "enlarge": size, "side": sides.get(path, 0)}
+    more = {"dropout": dropout, "ndim": ndim, "enlarge": size, "side": sides.get(path, 0)}
     more |= _folding(path, sites, found)
     return Verdict(**head, verdict=KN_CONV, reason=reason, norm_window=window, **more)
 
