@@ -16,15 +16,14 @@ from pathlib import Path
 
 import timm
 import torch
-import tyro
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import architectures
 from experiments import learned
 from experiments.live_tensors import LiveTensors
+from experiments.one_command import one_command
 from experiments.signal_propagation import FAMILIES, INIT, SMALL, family_of, kernel_normalized, read_csv, spread
-from knport.errors import KNPortError
 
 MIB = 2**20
 HEADER = "| network | parameters | MACs | peak activations | to the original | SD, stem to head |"
@@ -172,12 +171,7 @@ def read_counts(path: Path) -> dict[str, Count]:
 
 def main() -> int:
     """The command line; an error is one line and exit code 2."""
-    try:
-        tyro.cli(architecture_table, prog="python -m experiments.architecture_table")
-    except KNPortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return one_command(architecture_table, "python -m experiments.architecture_table")
 
 
 if __name__ == "__main__":

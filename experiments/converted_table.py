@@ -11,9 +11,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import tyro
-
+from experiments.markers import replaced
+from experiments.one_command import one_command
 from experiments.results import write_text
+from experiments.tables import spread
 from knport.errors import KNPortError
 
 BEGIN = "<!-- converted: made by python -m experiments.converted_table -->"
@@ -34,10 +35,7 @@ def converted_table(
     """
     scores = read_scores(results)
     text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise KNPortError(f"{page}: expected the line {BEGIN!r} once and after it the line {END!r} once")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    write_text(page, f"{before}{BEGIN}\n\n{section(scores)}\n\n{after}")
+    write_text(page, replaced(text, BEGIN, END, section(scores), str(page)))
 
 
 def read_scores(results: Path) -> Scores:
@@ -82,18 +80,12 @@ def _sentence(scores: Scores, models: list[str], sizes: list[int]) -> str:
 def _cell(values: list[float]) -> str:
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread} (n={len(values)})"
+    return f"{spread(values)} (n={len(values)})"
 
 
 def main() -> int:
     """The command line; an error is one line and exit code 2."""
-    try:
-        tyro.cli(converted_table, prog="python -m experiments.converted_table")
-    except KNPortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return one_command(converted_table, "python -m experiments.converted_table")
 
 
 if __name__ == "__main__":

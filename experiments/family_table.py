@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torchvision
-import tyro
 
+from experiments.markers import replaced
+from experiments.one_command import one_command
 from experiments.results import write_text
 from experiments.sweep_models import smallest
 from experiments.sweep_summary import read_rows
@@ -38,10 +39,7 @@ def family_table(
     if not rows:
         raise KNPortError(f"{csv}: no rows; python -m experiments sweep makes them")
     text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise KNPortError(f"{page}: expected the line {BEGIN!r} once and after it the line {END!r} once")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    write_text(page, f"{before}{BEGIN}\n\n{section(rows, csv.as_posix())}\n\n{after}")
+    write_text(page, replaced(text, BEGIN, END, section(rows, csv.as_posix()), str(page)))
 
 
 def section(rows: list[Row], csv: str) -> str:
@@ -112,12 +110,7 @@ def _cell(text: str) -> str:
 
 def main() -> int:
     """The command line; an error is one line and exit code 2."""
-    try:
-        tyro.cli(family_table, prog="python -m experiments.family_table")
-    except KNPortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return one_command(family_table, "python -m experiments.family_table")
 
 
 if __name__ == "__main__":

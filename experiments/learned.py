@@ -15,6 +15,7 @@ from pathlib import Path
 import architectures
 from experiments import page
 from experiments.results import Row, read
+from experiments.tables import spread
 
 TITLE = "## What the small networks learn"
 FOLDER = Path("experiments/results/families")
@@ -66,20 +67,12 @@ def families(rows: Sequence[Row]) -> str:
         original = architectures.original_of(name) or ""
         pair = [accuracies(rows, model, size) for model in (original, name)]
         setting = f"{original} | {name} | {size} | {row.steps:,} | {row.lr:g}"
-        lines.append(f"| {setting} | {' | '.join(map(shown, pair))} | {difference(*pair)} |")
+        lines.append(f"| {setting} | {' | '.join(map(spread, pair))} | {difference(*pair)} |")
     return "\n".join(lines)
 
 
 def accuracies(rows: Sequence[Row], model: str, batch_size: int) -> list[float]:
     return [row.top1 for row in rows if (row.model, row.batch_size) == (model, batch_size)]
-
-
-def shown(values: Sequence[float]) -> str:
-    """Mean, and SD over seeds."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def difference(of_original: Sequence[float], ours: Sequence[float]) -> str:
@@ -106,5 +99,5 @@ def trials_table(rows: Sequence[dict[str, str]]) -> str:
     for row in rows:
         key = row["network"], row["batch_size"], row["steps"], f"{row['optimizer']}, {row['lr']}"
         groups.setdefault(key, []).append(float(row["top1"]))
-    lines += [f"| {' | '.join(key)} | {shown(values)} |" for key, values in groups.items()]
+    lines += [f"| {' | '.join(key)} | {spread(values)} |" for key, values in groups.items()]
     return "\n".join(lines)

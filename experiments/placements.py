@@ -24,6 +24,7 @@ from architectures import cifar_densenet, conformer, knresnet, vit
 from architectures.convmixer import KNConvMixer
 from architectures.initialization import lecun_init
 from architectures.registry import register
+from experiments.results import append_rows
 from experiments.run import Run, resolve
 from experiments.train import train
 from knport import KernelNorm2d
@@ -220,15 +221,10 @@ def read(path: Path) -> Iterator[dict[str, str]]:
 
 def append(path: Path, name: str, run: Run, result: Mapping[str, Any]) -> None:
     """Add one row, and the header to an empty file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
     setting = name, run.batch_size, result["steps"], run.optimization.optimizer, run.lr, run.seed
     measured = f"{result['top1']:.2f}", f"{result['train_loss']:.4f}", f"{result['test_loss']:.4f}"
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow((*setting, *measured, f"{result['seconds']:.0f}"))
+    row = dict(zip(COLUMNS, (*setting, *measured, f"{result['seconds']:.0f}"), strict=True))
+    append_rows(path, COLUMNS, [row])
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 from experiments import backbones, page, plots, tables
+from experiments.markers import replaced
+from experiments.one_command import one_command
 from experiments.originals import with_originals
 from experiments.results import Row, read, write_text
 from experiments.summary import batch_sizes_of, metric_of, series_of
-from knport.errors import KNPortError
 
 BEGIN, END = "<!-- results: made by python -m experiments.readme_table -->", "<!-- end of results -->"
 PICTURE = "accuracy.svg"
@@ -55,10 +54,7 @@ def updated(text: str, content: str) -> str:
     Raises:
         KNPortError: a marker is missing, stands twice, or the two are in the wrong order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise KNPortError(f"README: expected the line {BEGIN!r} once and after it the line {END!r} once")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    return f"{before}{BEGIN}\n\n{content}\n\n{after}"
+    return replaced(text, BEGIN, END, content, "README")
 
 
 def section(rows: tuple[Row, ...], csv: str, picture: str) -> str:
@@ -93,12 +89,7 @@ def scores(rows: Sequence[Row]) -> list[str]:
 
 def main() -> int:
     """The command line; an error is one line and exit code 2."""
-    try:
-        tyro.cli(readme_table, prog="python -m experiments.readme_table")
-    except KNPortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return one_command(readme_table, "python -m experiments.readme_table")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ folders.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from io import StringIO
 from pathlib import Path
@@ -17,6 +17,17 @@ from knport.errors import KNPortError
 
 SCORES = ("top1", "top5", "miou", "pixel_accuracy", "mean_accuracy")  # in percent
 CURVE_COLUMNS = ("step", "epoch", "lr", "train_loss", "test_loss", *SCORES, "images_per_second", "seconds")
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV that only grows, and the header to a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 class Key(NamedTuple):

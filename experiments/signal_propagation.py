@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import architectures
 from experiments import plots
-from knport.errors import KNPortError, UnknownName
+from experiments.one_command import one_command
+from knport.errors import UnknownName
 
 LIMIT = 4.0
 INIT = ", init="
@@ -193,12 +194,7 @@ def signal_propagation(
 
 def main() -> int:
     """The command line; an error is one line and exit code 2."""
-    try:
-        tyro.cli(signal_propagation, prog="python -m experiments.signal_propagation")
-    except KNPortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return one_command(signal_propagation, "python -m experiments.signal_propagation")
 
 
 if __name__ == "__main__":

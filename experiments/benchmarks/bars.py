@@ -11,9 +11,9 @@ from experiments.benchmarks import competitors as names
 from experiments.benchmarks import growth, networks
 from experiments.benchmarks.memory import MIB
 from experiments.benchmarks.rows import OUT, Row, latest, read
+from experiments.markers import replaced
 from experiments.results import write_text
 from experiments.tables import Table, Text
-from knport.errors import KNPortError
 
 BEGIN, END = "<!-- bars: made by python -m experiments.benchmarks bars --into -->", "<!-- end of bars -->"
 FLOAT = 4
@@ -248,6 +248,4 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _replaced(path: Path, content: str) -> str:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise KNPortError(f"{path}: expected the line {BEGIN!r} once and after it the line {END!r} once")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{content}\n\n{text[text.index(END) :]}"
+    return replaced(text, BEGIN, END, content, str(path))

@@ -8,7 +8,6 @@ those of the thread, not of the clock: a busy machine adds to neither.
 
 from __future__ import annotations
 
-import csv
 import datetime
 import statistics
 import time
@@ -24,6 +23,7 @@ from experiments.data.images import ImageSet
 from experiments.feed import Feed
 from experiments.models import build
 from experiments.optimizer import build_optimizer
+from experiments.results import append_rows
 from experiments.run import Run, resolve
 from experiments.run_folder import environment
 
@@ -55,13 +55,7 @@ def pipeline(
     """
     torch.set_num_threads(1)
     rows = [_measure(model, size, rounds, seconds, images) for size in batch_sizes]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = not out.exists()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(out, COLUMNS, rows)
     for row in rows:
         print(
             f"{model}, batch size {row['batch_size']}: {row['pipeline_ms_per_step']} of {row['step_ms']} ms,"

@@ -10,13 +10,12 @@ no rule for; it allows no dropout. ``plain`` is the step without privacy.
 
 from __future__ import annotations
 
-import csv
 import platform
 import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ import tyro
 
 from experiments.cost import cost_device
 from experiments.models import build
+from experiments.results import append_rows
 from experiments.run_folder import environment
 from knport import privacy
 
@@ -92,7 +92,7 @@ def benchmark(
     rows = [shared | way._asdict() | _quantiles(way, times) for way in WAYS]
     for row in rows:
         print(f"{row['norm']:7} dropout {row['dropout']:<5} {row['mode']:10} {row['y_50']:>8} ms", flush=True)
-    append(out, rows)
+    append_rows(out, COLUMNS, rows)
 
 
 def make_step(way: Way, model: str, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
@@ -137,17 +137,6 @@ def interleave(steps: dict[Way, Callable[[], None]], rounds: int, device: torch.
                 if number >= 2:
                     times[way].append(1e3 * (time.perf_counter() - start))
     return times
-
-
-def append(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Add lines to the CSV, with its header if it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _quantiles(way: Way, times: dict[Way, list[float]]) -> dict[str, str]:
