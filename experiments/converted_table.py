@@ -11,9 +11,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from experiments.markers import replaced
+from experiments.markers import rewrite
 from experiments.one_command import one_command
-from experiments.results import write_text
 from experiments.tables import spread
 from knport.errors import KNPortError
 
@@ -31,11 +30,10 @@ def converted_table(
     """Rewrite the part of `page` between the markers.
 
     Raises:
-        KNPortError: no finished run in `results`, or no markers on the page.
+        KNPortError: no finished run in `results`, no page, or no markers on it.
     """
     scores = read_scores(results)
-    text = page.read_text(encoding="utf-8")
-    write_text(page, replaced(text, BEGIN, END, section(scores), str(page)))
+    rewrite(page, BEGIN, END, section(scores))
 
 
 def read_scores(results: Path) -> Scores:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torchvision
 
-from experiments.markers import replaced
+from experiments.markers import rewrite
 from experiments.one_command import one_command
-from experiments.results import write_text
 from experiments.sweep_models import smallest
 from experiments.sweep_summary import read_rows
 from knport.errors import KNPortError
@@ -33,13 +32,12 @@ def family_table(
     """Rewrite the part of `page` between the markers.
 
     Raises:
-        KNPortError: no such CSV, an empty one, or no markers on the page.
+        KNPortError: no such CSV, an empty one, no page, or no markers on it.
     """
     rows = read_rows(csv)
     if not rows:
         raise KNPortError(f"{csv}: no rows; python -m experiments sweep makes them")
-    text = page.read_text(encoding="utf-8")
-    write_text(page, replaced(text, BEGIN, END, section(rows, csv.as_posix()), str(page)))
+    rewrite(page, BEGIN, END, section(rows, csv.as_posix()))
 
 
 def section(rows: list[Row], csv: str) -> str:

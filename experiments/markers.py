@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from experiments.results import write_text
 from knport.errors import KNPortError
+
+
+def rewrite(page: Path, begin: str, end: str, content: str) -> None:
+    """Replace what stands between the markers in a file. Raises `KNPortError` as `replaced`, and without a file."""
+    if not page.is_file():
+        raise KNPortError(f"{page} does not exist; expected a page with the line {begin!r} (run it from the checkout?)")
+    write_text(page, replaced(page.read_text(encoding="utf-8"), begin, end, content, str(page)))
 
 
 def replaced(text: str, begin: str, end: str, content: str, page: str) -> str:
