@@ -64,8 +64,6 @@ def test_the_convolution_keeps_its_weights_and_gains_a_bias():
     old = post()
     new = convert(old, example_inputs=X)
     assert torch.equal(new[0].weight, old[0].weight) and torch.equal(new[0].bias, torch.zeros(8))
-    biased = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    assert torch.equal(convert(biased, example_inputs=X)[0].bias, biased[0].bias)
     assert "gain and bias folded into 0" in verdict(old, "1").reason and "starts at 0" in verdict(old, "0").reason
 
 
@@ -91,6 +89,24 @@ def test_gain_and_bias_of_the_norm_behind_go_into_the_weights(size, init):
     expected = outputs[0] * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
     torch.testing.assert_close(outputs[1], expected, atol=1e-5, rtol=1e-5)
     assert "folded into 0" in verdict(with_affine, "1").reason
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), affine(nn.BatchNorm2d(8))])
+def test_a_bias_that_the_norm_behind_takes_away_again_does_not_come_to_life(norm):
+    old = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 8, 3))
+    new = convert(old, example_inputs=X)
+    expected = torch.zeros(8) if norm.bias is None else norm.bias
+    assert torch.equal(new[0].bias, expected) and torch.equal(new[3].bias, old[3].bias)
+    assert "its own bias, which 1 took away again, is left out" in verdict(old, "0").reason
+    assert "bias kept" in verdict(old, "3").reason
+    assert old[0].bias.abs().sum() > 0
+
+
+def test_a_bias_that_reaches_the_output_stays():
+    """LayerNorm and GroupNorm take a mean over channels: what sets one channel apart from another goes through."""
+    for norm in (nn.GroupNorm(2, 8), nn.GroupNorm(1, 8)):
+        old = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 8, 3))
+        assert torch.equal(convert(old, example_inputs=X)[0].bias, old[0].bias)
 
 
 def test_units_of_few_values_get_no_dropout():

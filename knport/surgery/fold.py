@@ -2,7 +2,8 @@
 
 Of a norm of single positions (LayerNorm, RMSNorm) whose readers take whole channel vectors (linear layers, 1x1
 convolutions) into those: at window 1 such a layer on kernel normalized input is the norm and the layer. Of a norm right
-behind a convolution or linear layer into that: a branch that begins at zero, because its last gain does, still does.
+behind a convolution or linear layer into that: a branch that begins at zero, because its last gain does, still does;
+and a bias that BatchNorm took away again, drawn at random or left over, does not come to life.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from knport.surgery.graph import Graph, Node
-from knport.surgery.kinds import activates_before_gain, channels_last, fused_parts, is_pixel_norm
+from knport.surgery.kinds import activates_before_gain, channels_last, fused_parts, is_pixel_norm, takes_means
 from knport.surgery.roles import SHUFFLES
 from knport.surgery.sites import Site, pads
 
@@ -53,6 +54,8 @@ def _takes(graph: Graph, end: Node, norm: Site, sites: dict[str, Site], blocked:
 def affine_behind(graph: Graph, layer: Site, sites: dict[str, Site], absorbed: dict[str, list[str]]) -> str | None:
     """The one norm that goes, does its work in `layer` and is all that reads it, at each call; None if there is none.
 
+    None also for a norm that leaves nothing to do: without gain and bias, and without a bias of the layer to take away.
+
     An activation, a dropout or a pooling in between, and an activation that comes before the norm's gain (EvoNorm),
     keep the gain from being the last thing that happens to the layer's output.
     """
@@ -65,10 +68,11 @@ def affine_behind(graph: Graph, layer: Site, sites: dict[str, Site], absorbed: d
     if layer.path not in absorbed.get(norm, ()) or activates_before_gain(sites[norm].module):
         return None
     channels = {getattr(sites[norm].module, name, None) for name in ("weight", "bias")} - {None}
+    lost = takes_means(sites[norm].module) and layer.module.bias is not None
     shapes = [graph.nodes[index].shape or () for index in graph.calls[layer.path]]
     own = len(layer.module.weight)
     clear = layer.kind == "conv" or all(shape[1:].count(own) == 1 for shape in shapes)  # which dimension a view keeps
-    return norm if channels and clear and all(values.numel() == own for values in channels) else None
+    return norm if (channels or lost) and clear and all(values.numel() == own for values in channels) else None
 
 
 def neutral(norm: nn.Module) -> bool:
@@ -82,9 +86,11 @@ def scaled(weight: Tensor, bias: Tensor, norm: nn.Module) -> tuple[Tensor, Tenso
 
     Args:
         weight: (out, ...).
-        bias: (out,).
+        bias: (out,); nothing is left of it where the norm takes each channel's mean away.
         norm: with gain and bias (out,), or without.
     """
+    if takes_means(norm):
+        bias = torch.zeros_like(bias)
     gain, shift = (getattr(norm, name, None) for name in ("weight", "bias"))
     if gain is not None:
         gain = gain.detach().flatten().to(weight.dtype)

@@ -68,6 +68,11 @@ def is_pixel_norm(norm: nn.Module) -> bool:
     return named and len(getattr(norm, "normalized_shape", (1,))) == 1
 
 
+def takes_means(norm: nn.Module) -> bool:
+    """Whether it takes each channel's own mean away, so that a constant added to a channel before changes nothing."""
+    return isinstance(norm, _NormBase) or (isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels)
+
+
 def channels_last(module: nn.Module) -> bool:
     """Whether a norm takes the last dimension for the channels."""
     return is_pixel_norm(module) and "2d" not in type(module).__name__

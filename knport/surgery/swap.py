@@ -11,7 +11,7 @@ from knport.surgery.config import KNConfig
 from knport.surgery.copying import copy_model
 from knport.surgery.enlarge import embed, enlarged_padding
 from knport.surgery.fold import folded, neutral, scaled
-from knport.surgery.kinds import KN_CONVS, KN_NORMS, fused_parts
+from knport.surgery.kinds import KN_CONVS, KN_NORMS, fused_parts, takes_means
 
 if TYPE_CHECKING:
     from knport.surgery.plan import FinalNorm, Plan, Verdict
@@ -91,11 +91,12 @@ def _parameters(old: nn.Module, norm: nn.Module | None) -> tuple[nn.Parameter, n
 
 
 def _take_affine(new: nn.Module, norm: nn.Module) -> None:
-    """Put the gain and bias of the norm behind into a new layer's weights, unless they change nothing."""
-    if neutral(norm):
-        return  # the parameters themselves stay, for an optimizer that knows them
-    for name, value in zip(("weight", "bias"), scaled(new.weight.detach(), new.bias.detach(), norm), strict=True):
-        setattr(new, name, nn.Parameter(value, requires_grad=getattr(new, name).requires_grad))
+    """Put the gain and bias of the norm behind into a new layer's weights, and take its bias away if the norm did."""
+    weight, bias = scaled(new.weight.detach(), new.bias.detach(), norm)
+    if not neutral(norm):  # else the weight itself stays, for an optimizer that knows it
+        new.weight = nn.Parameter(weight, requires_grad=new.weight.requires_grad)
+    if not neutral(norm) or takes_means(norm):
+        new.bias = nn.Parameter(bias, requires_grad=new.bias.requires_grad)
 
 
 def _options(verdict: Verdict, config: KNConfig) -> dict:

@@ -11,7 +11,7 @@ from knport.surgery.config import KNConfig
 from knport.surgery.enlarge import target_size
 from knport.surgery.follow import Tokens
 from knport.surgery.graph import Graph, Node, is_map
-from knport.surgery.kinds import activation_note, describe
+from knport.surgery.kinds import activation_note, describe, takes_means
 from knport.surgery.match import Match
 from knport.surgery.plan import ABSORBED, ALREADY, KEPT, KERNEL_NORM, KN_CONV, KN_LINEAR, Verdict
 from knport.surgery.roles import SHUFFLES, TRANSPARENT
@@ -78,9 +78,11 @@ def _affine(site: Site, found: Match) -> str:
     """What becomes of the gain and bias of a norm that goes."""
     if site.path in found.folded.values():
         return "; gain and bias folded into their weights"
+    if not list(site.module.parameters(recurse=False)):
+        return ""
     if takers := [path for path, norm in found.affine.items() if norm == site.path]:
         return f"; gain and bias folded into {names(takers)}"
-    return "; gain and bias dropped" if list(site.module.parameters(recurse=False)) else ""
+    return "; gain and bias dropped"
 
 
 def _why_lone(graph: Graph, path: str, blocked: dict[str, str]) -> str:
@@ -128,7 +130,7 @@ def _readers(ends: list[Node]) -> str:
 def _conv(head: dict, graph: Graph, sites: dict[str, Site], found: Match, sides: dict, config: KNConfig) -> Verdict:
     path, module = head["path"], sites[head["path"]].module
     window, size = config.norm_window, None
-    reason = _takes_over(path, module, found)
+    reason = _takes_over(path, sites, found)
     if path in sides:
         size = target_size(config.enlarge)
         window = window or (3 if size is None else None)
@@ -149,7 +151,7 @@ def _linear(head: dict, graph: Graph, sites: dict[str, Site], found: Match, side
     if window != 1:
         height, width = layouts[0].grid
         more |= {"prefix_tokens": layouts[0].prefix, "grid_size": None if height == width else (height, width)}
-    reason = f"{_takes_over(path, sites[path].module, found)}; {where}"
+    reason = f"{_takes_over(path, sites, found)}; {where}"
     return Verdict(**head, verdict=KN_LINEAR, reason=reason, **more)
 
 
@@ -170,10 +172,13 @@ def _token_window(layouts: list[Tokens], config: KNConfig) -> tuple[int | tuple[
     return window, text + (f" behind {prefix} tokens of their own" if prefix else "")
 
 
-def _takes_over(path: str, module, found: Match) -> str:
+def _takes_over(path: str, sites: dict[str, Site], found: Match) -> str:
+    module = sites[path].module
     bias = "bias starts at 0" if module.bias is None else "bias kept"
     if path in found.folded:
         bias = "gain and bias of the norm folded in"
+    elif module.bias is not None and path in found.affine and takes_means(sites[found.affine[path]].module):
+        bias = f"its own bias, which {found.affine[path]} took away again, is left out"
     return f"takes over from {names(found.layers[path])}; {bias}"
 
 
