@@ -55,7 +55,7 @@ SMALL = Scale(
         "vit": Family(original="baseline_vit_test", kernel="knvit_test", lr=ADAMW_LR, further=ADAMW),
         "conformer": Family(original="baseline_conformer_test", kernel="knconformer_test", lr=ADAMW_LR, further=ADAMW),
     },
-    budget={2: "steps=1500", 8: "steps=750", 32: "steps=312"},
+    budget={2: "steps=3000", 8: "steps=1250", 32: "steps=936"},
     classes=20,
     override=("schedule=cosine-step", "epochs=1"),
 )
@@ -92,7 +92,7 @@ def families(
     Args:
         only: families: resnet, densenet, convnext, convmixer, vit, conformer.
         full: the whole data set and the usual sizes, 150 epochs: for a GPU. Else 20 classes, small networks, at batch
-            sizes 2, 8 and 32 1,500, 750 and 312 steps.
+            sizes 2, 8 and 32 3,000, 1,250 and 936 steps.
         norms: of the original network, beside its kernel normalized form.
         batch_sizes: 2, 8, 32, or some of them.
         seeds: of initialization, order, augmentation and dropout.

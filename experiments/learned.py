@@ -21,6 +21,10 @@ TITLE = "## What the small networks learn"
 FOLDER = Path("experiments/results/families")
 
 
+MARGIN = 2.0  # points within which two networks count as level: about what one seed is sure to
+RIVALS = ("original", "group", "group_ws")
+
+
 def section(folder: Path = FOLDER) -> str:
     """Markdown: accuracies of the families, how they were made, and the trials; empty without the CSVs."""
     results, trials = folder / "results.csv", folder / "trials.csv"
@@ -37,42 +41,61 @@ def section(folder: Path = FOLDER) -> str:
 
 
 def about(rows: Sequence[Row]) -> str:
-    """What was trained on what."""
+    """What was trained on what, and who is ahead."""
     one, seeds = rows[0], sorted({row.seed for row in rows})
     images = f"{one.train_images:,} training and {one.test_images:,} test images of {one.classes} classes of CIFAR-100"
+    epochs = ", ".join(f"{max(r.epochs for r in rows if r.batch_size == size):g} at {size}" for size in sizes_of(rows))
     text = (
         f"Each family's laptop-sized network and its original, trained alike on {images}: top-1 in percent after the "
         f"last step, seeds {', '.join(map(str, seeds))} (mean ± SD where there are several). ResNet and DenseNet are "
-        "trained by SGD and the others by AdamW, with one learning rate, which falls along a cosine, for both networks "
-        f"of a family. {CAUTION}"
+        "trained by SGD and the others by AdamW, with one learning rate, which falls along a cosine, for all networks "
+        f"of a family. Epochs by batch size: {epochs}. These are first steps, far from converged, and one seed is sure "
+        f"to about two points. {'; '.join(standing(rows, size) for size in sizes_of(rows))}."
     )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-CAUTION = (
-    "These are first steps, far from converged, and one seed is sure to about three points. At batch size 2 kernel "
-    "normalization is ahead where the original has BatchNorm but for the ResNet; at batch size 32 it is behind in all "
-    "families but ConvNeXt, and no trial below changed that. Part of it is the short run: a small ResNet converted by "
-    "`knport.convert` was behind BatchNorm in its first epoch and level with it after six "
-    "([curves](../experiments/results/cifar100/curves.csv)). Whether the other families catch up has not been measured."
-)
+def sizes_of(rows: Sequence[Row]) -> list[int]:
+    return sorted({row.batch_size for row in rows})
+
+
+def standing(rows: Sequence[Row], size: int) -> str:
+    """In which families kernel normalization is ahead of the original, level with it or behind, at a batch size."""
+    places: dict[str, list[str]] = {"ahead in": [], "level in": [], "behind in": []}
+    for name in kernel_normalized(rows, size):
+        pair = [accuracies(rows, model, size) for model in (architectures.original_of(name) or "", name)]
+        if all(pair):
+            gap = statistics.mean(pair[1]) - statistics.mean(pair[0])
+            place = "level in" if abs(gap) <= MARGIN else "ahead in" if gap > 0 else "behind in"
+            places[place].append(f"{name} ({gap:+.1f})")
+    found = ", ".join(f"{place} {' and '.join(names)}" for place, names in places.items() if names)
+    return f"at batch size {size} kernel normalization, against the original and {MARGIN:g} points, is {found}"
+
+
+def kernel_normalized(rows: Sequence[Row], size: int) -> list[str]:
+    """The kernel normalized networks with a result at a batch size."""
+    return sorted({row.model for row in rows if row.batch_size == size and architectures.original_of(row.model)})
 
 
 def families(rows: Sequence[Row]) -> str:
-    """One line per family and batch size: original, kernel normalized and their difference."""
-    lines = ["| original | KN | batch size | steps | learning rate | original | KN | difference |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    cells = {(row.batch_size, row.model): row for row in rows if architectures.original_of(row.model)}
-    for (size, name), row in sorted(cells.items()):
-        original = architectures.original_of(name) or ""
-        pair = [accuracies(rows, model, size) for model in (original, name)]
-        setting = f"{original} | {name} | {size} | {row.steps:,} | {row.lr:g}"
-        lines.append(f"| {setting} | {' | '.join(map(spread, pair))} | {difference(*pair)} |")
+    """One line per family and batch size: the original with its norm, the rivals' and kernel normalized."""
+    lines = [
+        "| original | batch size | steps | learning rate | its norm | GroupNorm | GroupNorm + WS | KN | KN - its |"
+    ]
+    lines.append("| --- |" + " ---: |" * 8)
+    for size in sizes_of(rows):
+        for name in kernel_normalized(rows, size):
+            original = architectures.original_of(name) or ""
+            row = next(row for row in rows if (row.model, row.batch_size) == (name, size))
+            scores = [accuracies(rows, original, size, norm) for norm in RIVALS] + [accuracies(rows, name, size)]
+            cells = " | ".join(spread(values) if values else "" for values in scores)
+            gap = difference(scores[0], scores[-1])
+            lines.append(f"| {original} | {size} | {row.steps:,} | {row.lr:g} | {cells} | {gap} |")
     return "\n".join(lines)
 
 
-def accuracies(rows: Sequence[Row], model: str, batch_size: int) -> list[float]:
-    return [row.top1 for row in rows if (row.model, row.batch_size) == (model, batch_size)]
+def accuracies(rows: Sequence[Row], model: str, batch_size: int, norm: str = "original") -> list[float]:
+    return [row.top1 for row in rows if (row.model, row.batch_size, row.norm) == (model, batch_size, norm)]
 
 
 def difference(of_original: Sequence[float], ours: Sequence[float]) -> str:
@@ -83,10 +106,9 @@ def difference(of_original: Sequence[float], ours: Sequence[float]) -> str:
 
 TRIALS = """### Trials
 
-Other places for the norms, other initial weights and learning rates: `python -m experiments.placements`, on the same
-images. Of the KN-ConvMixer the form that is built learned most; the KNResNet learned as much with weights by fan-in as
-with the published ones, and less with LeCun's; the KN-DenseNet, too, learned more with larger initial weights, of which
-one seed is too little to change the default; the KN-ViT gained from no change by more than the spread."""
+Other places for the norms, other initial weights and learning rates, on the same images:
+`python -m experiments.placements`. Rows of 312 steps are one epoch, those of 936 three; who is ahead after the first is
+not who is ahead after the third."""
 
 
 def trials_table(rows: Sequence[dict[str, str]]) -> str:

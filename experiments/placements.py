@@ -2,9 +2,10 @@
 
     python -m experiments.placements --data-dir DIR
 
-trains each network below on the same images in the same order, one epoch of 20 classes at batch size 32. One CSV row
-per finished run, appended; what is there is not trained again. Most are of the ConvMixer, whose BatchNorms stand behind
-the activations and leave every channel without a mean and with variance 1, which no norm of single images does.
+trains each network below on the same images in the same order, one epoch of 20 classes at batch size 32, or `--steps`
+of them. One CSV row per finished run, appended; what is there is not trained again. Most are of the ConvMixer, whose
+BatchNorms stand behind the activations and leave every channel without a mean and with variance 1, which no norm of
+single images does.
 """
 
 from __future__ import annotations
@@ -17,83 +18,31 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 import architectures
-from architectures import cifar_densenet, conformer, knresnet, vit
-from architectures.convmixer import KNConvMixer
-from architectures.initialization import lecun_init
+from architectures import cifar_densenet, conformer, convmixer, knresnet, vit
 from architectures.registry import register
 from experiments.results import append_rows
 from experiments.run import Run, resolve
 from experiments.train import train
-from knport import KernelNorm2d
+from experiments.tried import (
+    NormedBranches,
+    PreActivation,
+    ResidualPreActivation,
+    TriedConvMixer,
+    changed,
+    draw_biases,
+    plain_stem,
+    scale_weights,
+    standardize,
+    stem,
+)
 from knport.errors import UnknownName
 
 RESULTS = Path("experiments/results/families/trials.csv")
 COLUMNS = ("network", "batch_size", "steps", "optimizer", "lr", "seed", "top1", "train_loss", "test_loss", "seconds")
 STEPS = 312
-
-
-class TriedConvMixer(KNConvMixer):
-    """kncifar_convmixer with weights scaled by ``gain``, or a patch embedding without normalization."""
-
-    def __init__(self, *, gain: float = 1.0, plain_stem: bool = False, **kwargs):
-        super().__init__(130, 4, 5, **kwargs)
-        lecun_init(self)  # other draws than those of kncifar_convmixer with the same seed
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.data *= gain
-        if plain_stem:
-            stem = self.stem[0]
-            self.stem[0] = nn.Conv2d(stem.in_channels, stem.out_channels, stem.kernel_size, stem.stride)
-
-
-class PreActivation(TriedConvMixer):
-    """Activation and KNConv in the place of KNConv and activation, as in the KNResNets: sums without activation."""
-
-    residual = False  # whether the pointwise convolution has an identity beside it, too
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem[0](x)
-        for block in self.blocks:
-            x = x + block.depthwise(block.act1(x))
-            x = block.pointwise(block.act2(x)) + (x if self.residual else 0)
-        return self.stem[1](self.norm(x))
-
-
-class ResidualPreActivation(PreActivation):
-    residual = True
-
-
-class NormedBranches(TriedConvMixer):
-    """A KernelNorm of every pixel wherever the original has a BatchNorm, in front of KNConvs as they are."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        p = self.blocks[0].depthwise.dropout
-        self.norms = nn.ModuleList(KernelNorm2d(dropout=p) for _ in range(2 * len(self.blocks) + 1))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        norms = iter(self.norms)
-        x = next(norms)(self.stem(x))
-        for block in self.blocks:
-            x = x + next(norms)(block.act1(block.depthwise(x)))
-            x = next(norms)(block.act2(block.pointwise(x)))
-        return self.norm(x)
-
-
-def scaled(kind: Callable[..., nn.Module], gain: float) -> Callable[..., nn.Module]:
-    """A constructor of the same network with the initial weights of its convolutions times `gain`."""
-
-    def build(**kwargs) -> nn.Module:
-        model = kind(**kwargs)
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.data *= gain
-        return model
-
-    return build
 
 
 @dataclass(frozen=True)
@@ -113,7 +62,8 @@ def _tried(name: str, kind: Callable[..., nn.Module], settings: Mapping[str, Any
 
 
 ADAMW = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01}
-CONFORMER = {"steps": STEPS // 2, "optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}
+KNRESNET, KNDENSENET = knresnet.kncifar_resnet8x2, cifar_densenet.kndensenet40_k12
+CONFORMER = {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}
 VIT = {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}
 TRIALS: Mapping[str, Trial] = {
     "ConvMixer": Trial("cifar_convmixer"),
@@ -123,9 +73,13 @@ TRIALS: Mapping[str, Trial] = {
     "KN-ConvMixer, pre-activation, pointwise residual": _tried("residual", ResidualPreActivation),
     "KN-ConvMixer, KernelNorms behind activations": _tried("branches", NormedBranches),
     "KN-ConvMixer, plain stem": _tried("stem", TriedConvMixer, {"scaling": "standard"}, plain_stem=True),
-    "KN-ConvMixer, 2 x 2 kernels": _tried("pairs", KNConvMixer, dim=68, depth=4, kernel_size=5, form="2x2"),
+    "KN-ConvMixer, 2 x 2 kernels": _tried("pairs", convmixer.KNConvMixer, dim=68, depth=4, kernel_size=5, form="2x2"),
     "KN-ConvMixer, initial weights x 0.58": _tried("gain058", TriedConvMixer, gain=0.58),
     "KN-ConvMixer, initial weights x 1.7": _tried("gain17", TriedConvMixer, gain=1.7),
+    "KN-ConvMixer, no dropout": Trial("kncifar_convmixer", settings=ADAMW | {"dropout": 0.0}),
+    "KN-ConvMixer, standardized weights, random biases": _tried(
+        "convmixer_ws", changed(convmixer.kncifar_convmixer, standardize, draw_biases), ADAMW
+    ),
     "ConvMixer, AdamW": Trial("cifar_convmixer", settings=ADAMW),
     "KN-ConvMixer, AdamW": Trial("kncifar_convmixer", settings=ADAMW),
     "KN-ConvMixer, lower learning rate": Trial("kncifar_convmixer", settings={"lr": 0.015}),
@@ -140,16 +94,34 @@ TRIALS: Mapping[str, Trial] = {
     "KNResNet, LeCun weights, higher learning rate": _tried(
         "lecun", knresnet.kncifar_resnet8x2, {"lr": 0.15}, init="lecun"
     ),
+    "KNResNet, no dropout in the stem": _tried("resnet_stem", changed(KNRESNET, stem(dropout=0.0))),
+    "KNResNet, stem units of 9 x 9": _tried("resnet_wide9", changed(KNRESNET, stem(norm_window=(9, 9)))),
+    "KNResNet, stem units of 17 x 17": _tried("resnet_wide17", changed(KNRESNET, stem(norm_window=(17, 17)))),
+    "KNResNet, plain stem": _tried("resnet_plain", changed(KNRESNET, plain_stem), {"scaling": "standard"}),
+    "KNResNet, random biases": _tried("resnet_biases", changed(KNRESNET, draw_biases)),
+    "KNResNet, standardized weights": _tried("resnet_ws0", changed(KNRESNET, standardize)),
+    "KNResNet, standardized weights, random biases": _tried("resnet_ws", changed(KNRESNET, standardize, draw_biases)),
+    "KNResNet, no dropout": Trial("kncifar_resnet8x2", settings={"dropout": 0.0}),
     "DenseNet": Trial("densenet40_k12"),
     "KN-DenseNet": Trial("kndensenet40_k12"),
     "KN-DenseNet, the original's kernels": Trial("kndensenet40_k12_macs"),
-    "KN-DenseNet, initial weights x 1.41": _tried("densenet141", scaled(cifar_densenet.kndensenet40_k12, 1.41)),
+    "KN-DenseNet, initial weights x 1.41": _tried("densenet141", changed(KNDENSENET, scale_weights(1.41))),
+    "KN-DenseNet, initial weights x 2": _tried("densenet2", changed(KNDENSENET, scale_weights(2.0))),
+    "KN-DenseNet, no dropout in the stem": _tried("densenet_stem", changed(KNDENSENET, stem(dropout=0.0))),
+    "KN-DenseNet, random biases": _tried("densenet_biases", changed(KNDENSENET, draw_biases)),
+    "KN-DenseNet, standardized weights, random biases": _tried(
+        "densenet_ws", changed(KNDENSENET, standardize, draw_biases)
+    ),
+    "KN-DenseNet, no dropout": Trial("kndensenet40_k12", settings={"dropout": 0.0}),
     "KN-ViT": Trial("knvit_test", settings=VIT),
     "KN-ViT, units of one token": _tried("token", vit.knvit_test, VIT, window=1),
     "KN-ViT, patch embedding over 3 x 3 patches": _tried("patches", vit.knvit_test, VIT, patch_window=3),
     "KN-ViT, plain patch embedding": _tried("embedding", vit.knvit_test, VIT, patch_window=0),
     "KN-Conformer": Trial("knconformer_test", settings=CONFORMER),
     "KN-Conformer, 2 x 2 kernels": _tried("conformer", conformer.knconformer_test, CONFORMER, form="pair"),
+    "KN-Conformer, standardized weights, random biases": _tried(
+        "conformer_ws", changed(conformer.knconformer_test, standardize, draw_biases), CONFORMER
+    ),
     "KN-Conformer, no dropout": Trial("knconformer_test", settings=CONFORMER | {"dropout": 0.0}),
 }
 
@@ -161,6 +133,7 @@ def placements(
     seeds: Sequence[int] = (0,),
     out: Path = RESULTS,
     runs: Path = Path("runs/placements"),
+    steps: int = STEPS,
 ) -> None:
     """Train the networks of `TRIALS` and append what they reach to a CSV.
 
@@ -170,6 +143,7 @@ def placements(
         seeds: of initialization, order, augmentation and dropout.
         out: the CSV.
         runs: parent of the run folders.
+        steps: of each run that does not set its own.
 
     Raises:
         UnknownName: there is no such trial.
@@ -179,20 +153,20 @@ def placements(
             raise UnknownName("trial", name, TRIALS)
     for seed in seeds:
         for name in only or TRIALS:
-            if (name, str(seed)) in set(finished(out)):
+            run = run_of(name, seed, data_dir, runs, steps)
+            if (name, str(seed), str(run.steps)) in set(finished(out)):
                 continue
-            run = run_of(name, seed, data_dir, runs)
             append(out, name, run, train(run, quiet=True))
             print(f"{name}, seed {seed}: {list(read(out))[-1]['top1']} %", flush=True)
 
 
-def run_of(name: str, seed: int, data_dir: str, runs: Path) -> Run:
+def run_of(name: str, seed: int, data_dir: str, runs: Path, steps: int = STEPS) -> Run:
     """The run of a trial; its network can be built by name from now on."""
     trial = TRIALS[name]
     if trial.model not in architectures.list_models():
         register(constructor(trial))
-    settings = {"batch_size": 32, "epochs": 1, "steps": STEPS, "lr": 0.05, "classes": 20, "schedule": "cosine-step"}
-    where = runs / f"{trial.model}-{'-'.join(map(str, trial.settings.values()))}-s{seed}"
+    settings = {"batch_size": 32, "epochs": 1, "steps": steps, "lr": 0.05, "classes": 20, "schedule": "cosine-step"}
+    where = runs / f"{trial.model}-{'-'.join(map(str, trial.settings.values()))}-n{steps}-s{seed}"
     options = settings | dict(trial.settings) | {"data_dir": data_dir, "run_dir": str(where)}
     return resolve("cifar100", model=trial.model, seed=seed, **options)
 
@@ -207,9 +181,9 @@ def constructor(trial: Trial) -> Callable[..., nn.Module]:
     return build
 
 
-def finished(path: Path) -> Iterator[tuple[str, str]]:
-    """Trial and seed of every row of the CSV."""
-    return ((row["network"], row["seed"]) for row in read(path))
+def finished(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Trial, seed and steps of every row of the CSV."""
+    return ((row["network"], row["seed"], row["steps"]) for row in read(path))
 
 
 def read(path: Path) -> Iterator[dict[str, str]]:

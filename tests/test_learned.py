@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,9 +84,13 @@ def test_section(tmp_path):
         for (model, size), values in scores.items()
         for seed, top1 in enumerate(values)
     ]
+    rows.append(replace(rows[1], norm="group", top1=28.0))
     write(tmp_path, Results(tuple(rows), ()))
     text = learned.section(tmp_path)
-    assert "| cifar_resnet8x2 | kncifar_resnet8x2 | 32 | 3,200 | 0.1 | 31.0 ± 1.4 | 34.0 | +3.0 |" in text
+    assert "| cifar_resnet8x2 | 32 | 3,200 | 0.1 | 31.0 ± 1.4 | 28.0 |  | 34.0 | +3.0 |" in text
+    assert "at batch size 32 kernel normalization, against the original and 2 points, is ahead in" in " ".join(
+        text.split()
+    )
     flat = " ".join(text.split())
     assert "10,000 training and 2,000 test images of 20 classes" in flat and "seeds 0, 1" in flat
     assert "Trials" not in text

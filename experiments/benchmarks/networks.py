@@ -18,9 +18,10 @@ from experiments.benchmarks.options import Options
 from experiments.benchmarks.twin import batchnorm_twin, materialize
 from knport import KNConfig, convert
 
-CLASSES, SMALL, LARGE = 100, (3, 32, 32), (3, 64, 64)
+CLASSES, SMALL, LARGE, NATIVE = 100, (3, 32, 32), (3, 64, 64), (3, 224, 224)
 KNRESNET, KNRESNET_PLAIN, TWIN, RESNET = "KNResNet-18", "KNResNet-18 p=0", "its BatchNorm twin", "ResNet-18 BatchNorm"
 ORIGINAL, CONVERTED, ENLARGED = "original", "convert enlarge=none", "convert enlarge=2x2"
+LONG = ("knresnet18", "resnet18-224")  # families whose training steps are timed for longer
 Build = Callable[[], nn.Module]
 
 
@@ -36,13 +37,13 @@ def cases(options: Options) -> Iterator[Case]:
                 shape=(batch, *image),
                 mode=mode,
                 classes=CLASSES,
-                seconds=20.0 if mode == "training" and family == "knresnet18" else 6.0,
+                seconds=20.0 if mode == "training" and family in LONG else 6.0,
             )
 
 
 def compile_cases(options: Options) -> Iterator[Case]:
     """The kernel normalized network of each family, compiled against eager."""
-    ours = {"knresnet18": KNRESNET, "resnet18": CONVERTED, "cifar_resnet8x2": CONVERTED}
+    ours = {"knresnet18": KNRESNET, "resnet18": CONVERTED, "resnet18-224": CONVERTED, "cifar_resnet8x2": CONVERTED}
     for family, batch, builds, _, image in _families(options):
         build = builds[ours[family]]
         for mode in ("training",) if options.quick else ("training", "inference"):
@@ -67,7 +68,8 @@ def _families(options: Options) -> Iterator[tuple[str, int, dict[str, Build], st
     images = 8 if options.device == "cuda" else 1  # small batches leave a GPU idle
     for batch in (32 * images, 2):
         yield "knresnet18", batch, _knresnet18(), TWIN, SMALL
-    yield "resnet18", 8 * images, _converted(lambda: resnet18(num_classes=CLASSES)), ORIGINAL, LARGE
+    for name, batch, size in (("resnet18", 8, LARGE), ("resnet18-224", 4, NATIVE)):
+        yield name, batch * images, _converted(lambda: resnet18(num_classes=CLASSES)), ORIGINAL, size
     for batch in (32 * images, 2):
         yield "cifar_resnet8x2", batch, converted, ORIGINAL, SMALL
 
