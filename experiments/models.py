@@ -49,21 +49,21 @@ def build(
             CIFAR. Networks of timm that take images of one size (most transformers) are built for this one.
         dense: the model is to give scores at many places of an image of any size, for segmentation.
         dropout: p of every kernel normalization layer. The networks of `architectures` give their last KernelNorm
-            the share of it that was published with them, others are given `set_dropout`; None leaves all as it is.
+            the share of it that was published with them, converted ones that of `knport.KNConfig`; None leaves all as
+            it is.
         dropout_form: of these layers: "moments", "shared" or "unit"; None leaves each its own.
         activation: "relu" or "mish" in the place of every ReLU and Mish module; None leaves them.
         device: where it is built; "meta" for its shapes alone.
 
     Raises: `UnknownName` for an unknown model or norm; `KNPortError` from the rewriting.
     """
-    built_with = {} if dropout is None or norm == "kernel" else _own_dropout(name, dropout)
+    built_with = {} if dropout is None else _own_dropout(name, dropout)
+    config = knport.KNConfig() if dropout is None else knport.KNConfig(dropout=dropout)
     with torch.device(device):
         model = _create(name, num_classes, in_chans, image_size, **built_with)
     size = min(image_size, DENSE_EXAMPLE) if dense else image_size
     example = torch.zeros(2, in_chans, size, size, device=device)
-    model = _renorm(model, norm, example)
-    if dropout is not None and not built_with:
-        set_dropout(model, dropout)
+    model = _renorm(model, norm, example, config)
     if dropout_form is not None:
         for module in model.modules():
             if hasattr(module, "dropout_form"):
@@ -94,19 +94,6 @@ def list_models() -> list[str]:
         *(f"timm/{name}" for name in timm.list_models()),
         *(f"torchvision/{name}" for name in torchvision_models),
     ]
-
-
-def set_dropout(model: nn.Module, dropout: float) -> None:
-    """Set the dropout p of every kernel normalization layer; the last KernelNorm gets min(5 p, 0.25), as in KNResNets.
-
-    The networks of `architectures` have shares of their own (up to 0.5): build those with the dropout asked for.
-    """
-    norms = [module for module in model.modules() if isinstance(module, KERNEL_NORMS)]
-    for module in model.modules():
-        if isinstance(module, (*KERNEL_NORMS, *KN_CONVS, knport.KNLinear)):
-            module.dropout = dropout
-    if norms:
-        norms[-1].dropout = min(5 * dropout, 0.25)
 
 
 def set_activation(model: nn.Module, activation: str) -> None:
@@ -176,11 +163,11 @@ def _set_in_chans(model: nn.Module, in_chans: int) -> None:
     model.set_submodule(path, new)
 
 
-def _renorm(model: nn.Module, norm: str, example: torch.Tensor) -> nn.Module:
+def _renorm(model: nn.Module, norm: str, example: torch.Tensor, config: knport.KNConfig) -> nn.Module:
     if norm == "original":
         return model
     if norm == "kernel":
-        return knport.convert(model, example_inputs=example)
+        return knport.convert(model, config, example_inputs=example)
     if norm == "none" and any(isinstance(module, (*KERNEL_NORMS, *KN_CONVS)) for module in model.modules()):
         return without_kernel_norm(model)
     norm, options = VARIANTS.get(norm, (norm, {}))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import knport
-from experiments.models import KERNEL_NORMS, KN_CONVS, NORMS, build, list_models, set_dropout
+from experiments.models import KERNEL_NORMS, KN_CONVS, NORMS, build, list_models
 from knport.errors import KNPortError, UnknownName
 
 
@@ -39,12 +39,12 @@ def test_other_channels(name):
     assert build(name, num_classes=3, in_chans=5, image_size=64)(torch.randn(2, 5, 64, 64)).shape == (2, 3)
 
 
-def test_the_last_kernel_norm_has_more_dropout():
-    model = build("cifar_resnet8", "kernel", num_classes=7, in_chans=1, image_size=8, dropout=0.02)
-    assert {module.dropout for module in model.modules() if isinstance(module, KN_CONVS)} == {0.02}
-    assert [module.dropout for module in model.modules() if isinstance(module, KERNEL_NORMS)] == [0.1]
-    set_dropout(model, 0.1)
-    assert [module.dropout for module in model.modules() if isinstance(module, KERNEL_NORMS)] == [0.25]
+@pytest.mark.parametrize(("dropout", "last"), [(0.02, 0.1), (0.1, 0.25), (0.0, 0.0)])
+def test_dropout_of_a_converted_network(dropout, last):
+    model = build("cifar_resnet8", "kernel", num_classes=7, in_chans=1, image_size=8, dropout=dropout)
+    stem, *others = (module.dropout for module in model.modules() if isinstance(module, KN_CONVS))
+    assert stem == 0.0 and set(others) == {dropout}, "a unit of 9 values gets none"
+    assert [module.dropout for module in model.modules() if isinstance(module, KERNEL_NORMS)] == [last]
 
 
 @pytest.mark.parametrize(
