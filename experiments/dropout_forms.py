@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from experiments.results import append_rows
 from experiments.run import Run, resolve
 from experiments.train import train
 
@@ -86,15 +87,10 @@ def _key(values: dict) -> tuple[str, ...]:
 
 
 def _append(path: Path, run: Run, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
     device = "cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name()
     measured = (f"{result['top1']:.2f}", f"{result['seconds']:.0f}", device, torch.__version__.split("+")[0])
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow((*COLUMNS, *MEASURED))
-        writer.writerow((*_key(run.flat()), *measured))
+    columns = (*COLUMNS, *MEASURED)
+    append_rows(path, columns, [dict(zip(columns, (*_key(run.flat()), *measured), strict=True))])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from torch import nn
 
@@ -38,6 +39,7 @@ from experiments.tried import (
     standardize,
     stem,
 )
+from knport import convert
 from knport.errors import UnknownName
 
 RESULTS = Path("experiments/results/families/trials.csv")
@@ -62,6 +64,13 @@ def _tried(name: str, kind: Callable[..., nn.Module], settings: Mapping[str, Any
 
 
 ADAMW = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01}
+
+
+def converted_resnet(**kwargs) -> nn.Module:
+    return convert(architectures.create_model("cifar_resnet8x2", **kwargs), example_inputs=torch.zeros(2, 3, 32, 32))
+
+
+CONVERTED = converted_resnet
 KNRESNET, KNDENSENET = knresnet.kncifar_resnet8x2, cifar_densenet.kndensenet40_k12
 CONFORMER = {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}
 VIT = {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}
@@ -76,6 +85,9 @@ TRIALS: Mapping[str, Trial] = {
     "KN-ConvMixer, 2 x 2 kernels": _tried("pairs", convmixer.KNConvMixer, dim=68, depth=4, kernel_size=5, form="2x2"),
     "KN-ConvMixer, initial weights x 0.58": _tried("gain058", TriedConvMixer, gain=0.58),
     "KN-ConvMixer, initial weights x 1.7": _tried("gain17", TriedConvMixer, gain=1.7),
+    "KN-ConvMixer, patch embedding over 9 x 9 patches": _tried(
+        "wide", changed(convmixer.kncifar_convmixer, stem(norm_window=(18, 18))), ADAMW
+    ),
     "KN-ConvMixer, no dropout": Trial("kncifar_convmixer", settings=ADAMW | {"dropout": 0.0}),
     "KN-ConvMixer, standardized weights, random biases": _tried(
         "convmixer_ws", changed(convmixer.kncifar_convmixer, standardize, draw_biases), ADAMW
@@ -102,6 +114,16 @@ TRIALS: Mapping[str, Trial] = {
     "KNResNet, standardized weights": _tried("resnet_ws0", changed(KNRESNET, standardize)),
     "KNResNet, standardized weights, random biases": _tried("resnet_ws", changed(KNRESNET, standardize, draw_biases)),
     "KNResNet, no dropout": Trial("kncifar_resnet8x2", settings={"dropout": 0.0}),
+    "KNResNet, no dropout, random biases": _tried("resnet_biases", changed(KNRESNET, draw_biases), {"dropout": 0.0}),
+    "KNResNet, no dropout, stem units of 9 x 9": _tried(
+        "resnet_wide9", changed(KNRESNET, stem(norm_window=(9, 9))), {"dropout": 0.0}
+    ),
+    "ResNet, converted": Trial("cifar_resnet8x2", settings={"norm": "kernel"}),
+    "ResNet, converted, dropout in the stem": _tried("converted_stem", changed(CONVERTED, stem(dropout=0.05))),
+    "ResNet, converted, stem units of 9 x 9": _tried("converted_wide9", changed(CONVERTED, stem(norm_window=(9, 9)))),
+    "ResNet, converted, dropout in the stem, units of 9 x 9": _tried(
+        "converted_both", changed(CONVERTED, stem(norm_window=(9, 9), dropout=0.05))
+    ),
     "DenseNet": Trial("densenet40_k12"),
     "KN-DenseNet": Trial("kndensenet40_k12"),
     "KN-DenseNet, the original's kernels": Trial("kndensenet40_k12_macs"),
@@ -117,6 +139,10 @@ TRIALS: Mapping[str, Trial] = {
     "KN-ViT, units of one token": _tried("token", vit.knvit_test, VIT, window=1),
     "KN-ViT, patch embedding over 3 x 3 patches": _tried("patches", vit.knvit_test, VIT, patch_window=3),
     "KN-ViT, plain patch embedding": _tried("embedding", vit.knvit_test, VIT, patch_window=0),
+    "KN-ViT, patch embedding over 8 x 8 patches": _tried("patches8", vit.knvit_test, VIT, patch_window=8),
+    "KN-ViT, plain patch embedding, standardized images": _tried(
+        "embedding", vit.knvit_test, VIT | {"scaling": "standard"}, patch_window=0
+    ),
     "KN-Conformer": Trial("knconformer_test", settings=CONFORMER),
     "KN-Conformer, 2 x 2 kernels": _tried("conformer", conformer.knconformer_test, CONFORMER, form="pair"),
     "KN-Conformer, standardized weights, random biases": _tried(

@@ -28,8 +28,9 @@ def test_every_trial_is_a_network_of_its_kind(name, tmp_path):
     run = placements.run_of(name, 0, "data", tmp_path)
     model = build(run.model, run.norm, num_classes=4, image_size=32)
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 4)
-    ours = name.startswith("KN")
-    assert run.scaling == ("unit" if ours and "plain stem" not in name else "standard")
+    ours = name.startswith("KN") or "converted" in name
+    standard = not ours or "plain stem" in name or "standardized images" in name
+    assert run.scaling == ("standard" if standard else "unit")
     batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert batch_norm == (not ours and "LayerNorm" not in name)
 
