@@ -61,10 +61,21 @@ def test_conv_norm_act():
 
 
 def test_the_convolution_keeps_its_weights_and_gains_a_bias():
-    old = post()
-    new = convert(old, example_inputs=X)
-    assert torch.equal(new[0].weight, old[0].weight) and torch.equal(new[0].bias, torch.zeros(8))
-    assert "gain and bias folded into 0" in verdict(old, "1").reason and "starts at 0" in verdict(old, "0").reason
+    old = nn.Sequential(*post(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8))
+    new, last = convert(old, KNConfig(final_norm=False), example_inputs=X), len(old) - 2
+    assert torch.equal(new[0].weight, old[0].weight) and torch.equal(new[last].weight, old[last].weight)
+    assert not new[last].bias.any()
+    assert "bias starts at 0" in verdict(old, str(last)).reason
+    assert "gain and bias folded into 0" in verdict(old, "1").reason
+    assert "bias starts spread around 0" in verdict(old, "0").reason
+
+
+def test_the_bias_of_a_stem_differs_in_every_channel():
+    """Where an image is flat the output is the bias: next to nothing in it would be divided by sqrt(eps)."""
+    bias = convert(post(), example_inputs=X)[0].bias
+    assert len(set(bias.tolist())) == 8 and not torch.equal(bias, torch.zeros(8))
+    trained = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), affine(nn.BatchNorm2d(8)), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    assert torch.equal(convert(trained, example_inputs=X)[0].bias, trained[1].bias)
 
 
 def affine(norm: nn.Module) -> nn.Module:
@@ -85,7 +96,8 @@ def test_gain_and_bias_of_the_norm_behind_go_into_the_weights(size, init):
     x, outputs = torch.randn(2, 3, 9, 9), []
     for model in (plain, with_affine):
         torch.manual_seed(1)  # of a fresh kernel
-        outputs.append(convert(model, KNConfig(init=init, dropout=0), example_inputs=X)[0](x))
+        new = convert(model, KNConfig(init=init, dropout=0), example_inputs=X)[0]
+        outputs.append(new(x) if model is with_affine else new(x) - new.bias.view(-1, 1, 1))
     expected = outputs[0] * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
     torch.testing.assert_close(outputs[1], expected, atol=1e-5, rtol=1e-5)
     assert "folded into 0" in verdict(with_affine, "1").reason
@@ -93,13 +105,14 @@ def test_gain_and_bias_of_the_norm_behind_go_into_the_weights(size, init):
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), affine(nn.BatchNorm2d(8))])
 def test_a_bias_that_the_norm_behind_takes_away_again_does_not_come_to_life(norm):
-    old = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 8, 3))
+    first = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    old = nn.Sequential(*first, nn.Conv2d(8, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 8, 3))
     new = convert(old, example_inputs=X)
     expected = torch.zeros(8) if norm.bias is None else norm.bias
-    assert torch.equal(new[0].bias, expected) and torch.equal(new[3].bias, old[3].bias)
-    assert "its own bias, which 1 took away again, is left out" in verdict(old, "0").reason
-    assert "bias kept" in verdict(old, "3").reason
-    assert old[0].bias.abs().sum() > 0
+    assert torch.equal(new[3].bias, expected) and torch.equal(new[6].bias, old[6].bias)
+    assert "bias starts at 0: 4 took away what it had" in verdict(old, "3").reason
+    assert "bias kept" in verdict(old, "6").reason
+    assert old[3].bias.abs().sum() > 0
 
 
 def test_a_bias_that_reaches_the_output_stays():

@@ -8,6 +8,8 @@ and a bias that BatchNorm took away again, drawn at random or left over, does no
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from knport.surgery.sites import Site, pads
 
 _AS_THEY_ARE = frozenset({"identity", "dropout"})
 _AS_IT_IS = frozenset({"identity"})
+GOLDEN = (math.sqrt(5.0) - 1) / 2  # whose multiples modulo 1 fill the unit interval evenly, however many are taken
 
 
 def foldable(graph: Graph, sites: dict[str, Site], blocked: dict[str, str]) -> dict[str, list[str]]:
@@ -96,6 +99,25 @@ def scaled(weight: Tensor, bias: Tensor, norm: nn.Module) -> tuple[Tensor, Tenso
         gain = gain.detach().flatten().to(weight.dtype)
         weight, bias = weight * gain.view(-1, *(1,) * (weight.dim() - 1)), bias * gain
     return weight, bias if shift is None else bias + shift.detach().flatten().to(bias.dtype)
+
+
+def spread_bias(weight: Tensor) -> Tensor:
+    """A bias for a KNConv that reads images: values around 0, no two channels alike, the same at each call.
+
+    Where an image is flat a normalized unit is 0 and the output is the bias. If that is 0, or hardly more after the
+    first steps, the next layer's unit has next to no variance, and its gradient is divided by sqrt(eps): one flat image
+    then outweighs the rest of a batch. The values fill the interval that torch draws biases from, for weights like
+    these: SD 1 / sqrt(n) of what the filters of n values put out.
+
+    Args:
+        weight: (out, ...).
+
+    Returns:
+        (out,).
+    """
+    bound = math.sqrt(3.0) * weight.detach().square().mean().sqrt()  # of a uniform distribution with the weights' RMS
+    steps = torch.arange(len(weight), device=weight.device, dtype=torch.float64) * GOLDEN
+    return (bound * (2 * (steps % 1) - 1)).to(weight.dtype)
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:

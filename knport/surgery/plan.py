@@ -43,6 +43,7 @@ class Verdict:
         fold: path of the norm in front whose gain and bias go into the weights.
         affine: path of the norm behind, likewise.
         eps: of the new layer, where that is the norm's own; None for the configuration's.
+        reads_images: whether it is a KNConv at the input; its bias does not begin at 0 (`fold.spread_bias`).
     """
 
     path: str
@@ -61,6 +62,7 @@ class Verdict:
     fold: str | None = None
     affine: str | None = None
     eps: float | None = None
+    reads_images: bool = False
 
     @property
     def changes(self) -> bool:

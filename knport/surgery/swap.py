@@ -10,7 +10,7 @@ from knport.layers import KNLinear
 from knport.surgery.config import KNConfig
 from knport.surgery.copying import copy_model
 from knport.surgery.enlarge import embed, enlarged_padding
-from knport.surgery.fold import folded, neutral, scaled
+from knport.surgery.fold import folded, neutral, scaled, spread_bias
 from knport.surgery.kinds import KN_CONVS, KN_NORMS, fused_parts, takes_means
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def _replacement(old: nn.Module, verdict: Verdict, config: KNConfig, modules: di
         new = build(old, verdict, config, *_parameters(old, modules.get(verdict.fold)))
         if verdict.affine is not None:
             _take_affine(new, modules[verdict.affine])
+        if verdict.reads_images and (new.bias.is_meta or not new.bias.any()):
+            new.bias = nn.Parameter(spread_bias(new.weight), requires_grad=new.bias.requires_grad)
         return adopt(new, old)
     parts = fused_parts(old)
     if verdict.verdict == "KernelNorm":

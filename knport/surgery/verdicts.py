@@ -130,7 +130,8 @@ def _readers(ends: list[Node]) -> str:
 def _conv(head: dict, graph: Graph, sites: dict[str, Site], found: Match, sides: dict, config: KNConfig) -> Verdict:
     path, module = head["path"], sites[head["path"]].module
     window, size = config.norm_window, None
-    reason = _takes_over(path, sites, found)
+    at_input = _reads_images(graph, path)
+    reason = _takes_over(path, sites, found, at_input)
     if path in sides:
         size = target_size(config.enlarge)
         window = window or (3 if size is None else None)
@@ -139,6 +140,7 @@ def _conv(head: dict, graph: Graph, sites: dict[str, Site], found: Match, sides:
     entries = module.in_channels * math.prod(ntuple(window or size or module.kernel_size, ndim, "norm_window"))
     dropout = config.dropout if entries >= SMALLEST_GAUSSIAN_UNIT else 0.0
     more = {"dropout": dropout, "ndim": ndim, "enlarge": size, "side": sides.get(path, 0)}
+    more["reads_images"] = at_input
     more |= _folding(path, sites, found)
     return Verdict(**head, verdict=KN_CONV, reason=reason, norm_window=window, **more)
 
@@ -172,14 +174,20 @@ def _token_window(layouts: list[Tokens], config: KNConfig) -> tuple[int | tuple[
     return window, text + (f" behind {prefix} tokens of their own" if prefix else "")
 
 
-def _takes_over(path: str, sites: dict[str, Site], found: Match) -> str:
+def _takes_over(path: str, sites: dict[str, Site], found: Match, at_input: bool = False) -> str:
     module = sites[path].module
-    bias = "bias starts at 0" if module.bias is None else "bias kept"
+    start = "starts spread around 0" if at_input else "starts at 0"
+    bias = f"bias {start}" if module.bias is None else "bias kept"
     if path in found.folded:
         bias = "gain and bias of the norm folded in"
     elif module.bias is not None and path in found.affine and takes_means(sites[found.affine[path]].module):
-        bias = f"its own bias, which {found.affine[path]} took away again, is left out"
+        bias = f"bias {start}: {found.affine[path]} took away what it had"
     return f"takes over from {names(found.layers[path])}; {bias}"
+
+
+def _reads_images(graph: Graph, path: str) -> bool:
+    """Whether the layer is called on an input of the network, through activations, padding and pooling at most."""
+    return any(end.op == "input" for i in graph.calls[path] for end in graph.ends(i, TRANSPARENT, back=True))
 
 
 def _folding(path: str, sites: dict[str, Site], found: Match) -> dict:
