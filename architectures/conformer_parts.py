@@ -11,6 +11,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from architectures.initialization import lecun_init
 from architectures.knresnet import BOTTOM_RIGHT, TOP_LEFT, knconv_stem
 from architectures.vit import Block, TokenNorm, init_linear
 from knport import KernelNorm2d, KNConv2d, KNLinear, KNPortError
@@ -126,9 +127,7 @@ class KNParts:
         """Layers on normalized units keep the variance of their input; what is added to a stream, a quarter of it."""
         for path, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
-                gain = 0.5 if path.endswith("conv3") else 1.0
-                nn.init.normal_(module.weight, std=gain / math.sqrt(module.weight[0].numel()))
-                nn.init.zeros_(module.bias)
+                lecun_init(module, gain=0.5 if path.endswith("conv3") else 1.0)
             elif isinstance(module, nn.Linear):
                 init_linear(module)
                 if path.endswith(("down.proj", "up.proj")):

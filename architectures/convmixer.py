@@ -4,7 +4,7 @@ ConvMixer normalizes what its next convolution reads: convolution, GELU, BatchNo
 takes the place of each BatchNorm *and* the convolution behind it: the depthwise KNConv normalizes units of k x k pixels
 over all channels (a filter sees one channel, the statistics see all), the pointwise one the sum of branch and identity,
 and the last BatchNorm becomes a KernelNorm before the pool. The patch embedding (KNConv p x p, stride p) takes its
-statistics of 3 x 3 patches, since those of one would take each patch's brightness and contrast away for good. Other
+statistics of 7 x 7 patches, since those of one would take each patch's brightness and contrast away for good. Other
 placements learned less in short trials (docs/architectures.md), and the original's BatchNorm more at batch size 32. No
 paper gives these networks; the pointwise convolution, whose unit would be one pixel, has two forms:
 
@@ -29,7 +29,7 @@ from architectures.norms import with_norm
 from architectures.registry import register
 from knport import KernelNorm2d, KNConv2d
 
-WINDOW = 3
+WINDOW, PATCHES = 3, 7  # pixels per side of the pointwise units, and patches per side of the embedding's
 
 
 class Mixer(nn.Module):
@@ -82,7 +82,7 @@ class KNConvMixer(ClassifierHead, nn.Module):
         super().__init__()
         self.num_classes, self.num_features = num_classes, dim
         patch_size = low_resolution_patch if low_resolution else patch_size
-        stem = KNConv2d(in_chans, dim, patch_size, patch_size, norm_window=WINDOW * patch_size, dropout=dropout)
+        stem = KNConv2d(in_chans, dim, patch_size, patch_size, norm_window=PATCHES * patch_size, dropout=dropout)
         self.stem = nn.Sequential(stem, activation())
         blocks = []
         for i in range(depth):

@@ -7,11 +7,11 @@ own, and nothing else mixes tokens that the original does not mix. Window 1 is L
 windows keep the differences of size between neighbouring tokens, which LayerNorm takes away. A KernelNorm stands where
 the last LayerNorm does.
 
-The patches become tokens by a KNConv, a patch being its unit. That takes away its brightness and contrast, which no
-later layer sees. `patch_window` chooses: statistics of 3 patches around each leave the differences between neighbours,
-and 0 is the original's plain convolution, which leaves everything (trials of both windows: docs/architectures.md). The
-positions are added behind the embedding, where
-no norm can divide them by the contrast of the patch.
+The patches become tokens by a KNConv. Were a patch its unit, as the papers' layers have it, its brightness and contrast
+would be gone, and no later layer sees them. So the statistics are those of 7 x 7 patches around each, which leave the
+differences between neighbours; `patch_window` chooses, and 0 is the original's plain convolution (trials:
+docs/architectures.md). The positions are added behind the embedding, where no norm can divide them by the contrast of
+the patch.
 
 Published code that calls itself a kernel normalized ViT takes tokens for channels, so that a unit spans all tokens and
 2 x 2 embedding entries; nothing of it is used here. The parameters are those of the ViTs less the gains and biases of
@@ -126,7 +126,8 @@ class KNVisionTransformer(ClassifierHead, nn.Module):
         heads: of each attention.
         mlp_ratio: hidden channels of the MLPs by C.
         window: tokens per side of the units of every KNLinear; 1 is LayerNorm.
-        patch_window: patches per side of the units of the embedding; 0 for a plain convolution.
+        patch_window: patches per side of the blocks that the embedding takes its statistics of; 0 for a plain
+            convolution.
         patch_size: pixels per side; None for 16, or 4 with `low_resolution`.
         img_size: pixels (an int or height and width) for which positions are learned; None for 224, or 32.
         num_classes: size of the last layer; 0 for the class token's features.
@@ -149,7 +150,7 @@ class KNVisionTransformer(ClassifierHead, nn.Module):
         mlp_ratio: float = 4.0,
         *,
         window: int = 3,
-        patch_window: int = 1,
+        patch_window: int = 7,
         patch_size: int | None = None,
         img_size: int | tuple[int, int] | None = None,
         num_classes: int = 1000,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import timm
 import torch
 import torchvision
@@ -9,6 +12,7 @@ from torch import nn
 
 import architectures
 import knport
+from experiments.run import Run
 from experiments.without_kernel_norm import without_kernel_norm
 from knport.errors import KNPortError, UnknownName
 from knport.surgery import replace
@@ -72,6 +76,17 @@ def build(
         set_activation(model, activation)
     _try(model, name, example, num_classes, dense)
     return model
+
+
+def build_for(run: Run, network: Mapping[str, Any]) -> nn.Module:
+    """The model of a run; seed torch first for given weights.
+
+    Args:
+        run: names the model, its norm, dropout and activation.
+        network: what the task's data ask for: `Classification.network` or `Segmentation.network`.
+    """
+    options = {"dropout": run.dropout, "dropout_form": run.dropout_form, "activation": run.activation}
+    return build(run.model, run.norm, **network, **options)
 
 
 def synchronize_batchnorm(model: nn.Module, device: torch.device, processes: int) -> nn.Module:

@@ -31,13 +31,12 @@ from experiments.tried import (
     NormedBranches,
     PreActivation,
     ResidualPreActivation,
-    TriedConvMixer,
     changed,
-    draw_biases,
     plain_stem,
     scale_weights,
     standardize,
     stem,
+    zero_biases,
 )
 from knport import convert
 from knport.errors import UnknownName
@@ -63,39 +62,33 @@ def _tried(name: str, kind: Callable[..., nn.Module], settings: Mapping[str, Any
     return Trial(f"kncifar_tried_{name}", functools.partial(kind, **options), settings or {})
 
 
-ADAMW = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01}
+ADAMW = {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}  # as in `experiments.families`
 
 
 def converted_resnet(**kwargs) -> nn.Module:
     return convert(architectures.create_model("cifar_resnet8x2", **kwargs), example_inputs=torch.zeros(2, 3, 32, 32))
 
 
-CONVERTED = converted_resnet
-KNRESNET, KNDENSENET = knresnet.kncifar_resnet8x2, cifar_densenet.kndensenet40_k12
-CONFORMER = {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}
-VIT = {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05}
-TRIALS: Mapping[str, Trial] = {
-    "ConvMixer": Trial("cifar_convmixer"),
-    "ConvMixer, LayerNorm": Trial("cifar_convmixer", settings={"norm": "layer"}),
-    "KN-ConvMixer": Trial("kncifar_convmixer"),
-    "KN-ConvMixer, pre-activation": _tried("pre", PreActivation),
-    "KN-ConvMixer, pre-activation, pointwise residual": _tried("residual", ResidualPreActivation),
-    "KN-ConvMixer, KernelNorms behind activations": _tried("branches", NormedBranches),
-    "KN-ConvMixer, plain stem": _tried("stem", TriedConvMixer, {"scaling": "standard"}, plain_stem=True),
-    "KN-ConvMixer, 2 x 2 kernels": _tried("pairs", convmixer.KNConvMixer, dim=68, depth=4, kernel_size=5, form="2x2"),
-    "KN-ConvMixer, initial weights x 0.58": _tried("gain058", TriedConvMixer, gain=0.58),
-    "KN-ConvMixer, initial weights x 1.7": _tried("gain17", TriedConvMixer, gain=1.7),
-    "KN-ConvMixer, patch embedding over 9 x 9 patches": _tried(
-        "wide", changed(convmixer.kncifar_convmixer, stem(norm_window=(18, 18))), ADAMW
+KNRESNET, KNDENSENET, CONVERTED = knresnet.kncifar_resnet8x2, cifar_densenet.kndensenet40_k12, converted_resnet
+KNCONVMIXER, SMALL_CONVMIXER = convmixer.kncifar_convmixer, {"dim": 130, "depth": 4, "kernel_size": 5}
+TRIALS: dict[str, Trial] = {
+    "ConvMixer": Trial("cifar_convmixer", settings=ADAMW),
+    "ConvMixer, LayerNorm": Trial("cifar_convmixer", settings=ADAMW | {"norm": "layer"}),
+    "KN-ConvMixer": Trial("kncifar_convmixer", settings=ADAMW),
+    "KN-ConvMixer, pre-activation": _tried("pre", PreActivation, ADAMW, **SMALL_CONVMIXER),
+    "KN-ConvMixer, pre-activation, pointwise residual": _tried(
+        "residual", ResidualPreActivation, ADAMW, **SMALL_CONVMIXER
+    ),
+    "KN-ConvMixer, KernelNorms behind activations": _tried("branches", NormedBranches, ADAMW, **SMALL_CONVMIXER),
+    "KN-ConvMixer, plain stem": _tried("stem", changed(KNCONVMIXER, plain_stem), ADAMW | {"scaling": "standard"}),
+    "KN-ConvMixer, 2 x 2 kernels": _tried(
+        "pairs", convmixer.KNConvMixer, ADAMW, **SMALL_CONVMIXER | {"dim": 68, "form": "2x2"}
+    ),
+    "KN-ConvMixer, patch embedding over 3 x 3 patches": _tried(
+        "narrow", changed(KNCONVMIXER, stem(norm_window=(6, 6))), ADAMW
     ),
     "KN-ConvMixer, no dropout": Trial("kncifar_convmixer", settings=ADAMW | {"dropout": 0.0}),
-    "KN-ConvMixer, standardized weights, random biases": _tried(
-        "convmixer_ws", changed(convmixer.kncifar_convmixer, standardize, draw_biases), ADAMW
-    ),
-    "ConvMixer, AdamW": Trial("cifar_convmixer", settings=ADAMW),
-    "KN-ConvMixer, AdamW": Trial("kncifar_convmixer", settings=ADAMW),
-    "KN-ConvMixer, lower learning rate": Trial("kncifar_convmixer", settings={"lr": 0.015}),
-    "KN-ConvMixer, higher learning rate": Trial("kncifar_convmixer", settings={"lr": 0.15}),
+    "KN-ConvMixer, standardized weights": _tried("convmixer_ws", changed(KNCONVMIXER, standardize), ADAMW),
     "ResNet": Trial("cifar_resnet8x2"),
     "KNResNet": Trial("kncifar_resnet8x2"),
     "KNResNet, published initial weights": _tried("published", knresnet.kncifar_resnet8x2, init="published"),
@@ -110,11 +103,11 @@ TRIALS: Mapping[str, Trial] = {
     "KNResNet, stem units of 9 x 9": _tried("resnet_wide9", changed(KNRESNET, stem(norm_window=(9, 9)))),
     "KNResNet, stem units of 17 x 17": _tried("resnet_wide17", changed(KNRESNET, stem(norm_window=(17, 17)))),
     "KNResNet, plain stem": _tried("resnet_plain", changed(KNRESNET, plain_stem), {"scaling": "standard"}),
-    "KNResNet, random biases": _tried("resnet_biases", changed(KNRESNET, draw_biases)),
-    "KNResNet, standardized weights": _tried("resnet_ws0", changed(KNRESNET, standardize)),
-    "KNResNet, standardized weights, random biases": _tried("resnet_ws", changed(KNRESNET, standardize, draw_biases)),
+    "KNResNet, standardized weights": _tried("resnet_ws", changed(KNRESNET, standardize)),
+    "KNResNet, standardized weights, higher learning rate": _tried(
+        "resnet_ws", changed(KNRESNET, standardize), {"lr": 0.15}
+    ),
     "KNResNet, no dropout": Trial("kncifar_resnet8x2", settings={"dropout": 0.0}),
-    "KNResNet, no dropout, random biases": _tried("resnet_biases", changed(KNRESNET, draw_biases), {"dropout": 0.0}),
     "KNResNet, no dropout, stem units of 9 x 9": _tried(
         "resnet_wide9", changed(KNRESNET, stem(norm_window=(9, 9))), {"dropout": 0.0}
     ),
@@ -130,25 +123,40 @@ TRIALS: Mapping[str, Trial] = {
     "KN-DenseNet, initial weights x 1.41": _tried("densenet141", changed(KNDENSENET, scale_weights(1.41))),
     "KN-DenseNet, initial weights x 2": _tried("densenet2", changed(KNDENSENET, scale_weights(2.0))),
     "KN-DenseNet, no dropout in the stem": _tried("densenet_stem", changed(KNDENSENET, stem(dropout=0.0))),
-    "KN-DenseNet, random biases": _tried("densenet_biases", changed(KNDENSENET, draw_biases)),
-    "KN-DenseNet, standardized weights, random biases": _tried(
-        "densenet_ws", changed(KNDENSENET, standardize, draw_biases)
-    ),
+    "KN-DenseNet, standardized weights": _tried("densenet_ws", changed(KNDENSENET, standardize)),
     "KN-DenseNet, no dropout": Trial("kndensenet40_k12", settings={"dropout": 0.0}),
-    "KN-ViT": Trial("knvit_test", settings=VIT),
-    "KN-ViT, units of one token": _tried("token", vit.knvit_test, VIT, window=1),
-    "KN-ViT, patch embedding over 3 x 3 patches": _tried("patches", vit.knvit_test, VIT, patch_window=3),
-    "KN-ViT, plain patch embedding": _tried("embedding", vit.knvit_test, VIT, patch_window=0),
-    "KN-ViT, patch embedding over 8 x 8 patches": _tried("patches8", vit.knvit_test, VIT, patch_window=8),
+    "KN-ViT": Trial("knvit_test", settings=ADAMW),
+    "KN-ViT, units of one token": _tried("token", vit.knvit_test, ADAMW, window=1, patch_window=1),
+    "KN-ViT, patch embedding of single patches": _tried("single", vit.knvit_test, ADAMW, patch_window=1),
+    "KN-ViT, patch embedding over 3 x 3 patches": _tried("patches", vit.knvit_test, ADAMW, patch_window=3),
+    "KN-ViT, plain patch embedding": _tried("embedding", vit.knvit_test, ADAMW, patch_window=0),
+    "KN-ViT, patch embedding over 8 x 8 patches": _tried("patches8", vit.knvit_test, ADAMW, patch_window=8),
     "KN-ViT, plain patch embedding, standardized images": _tried(
-        "embedding", vit.knvit_test, VIT | {"scaling": "standard"}, patch_window=0
+        "embedding", vit.knvit_test, ADAMW | {"scaling": "standard"}, patch_window=0
     ),
-    "KN-Conformer": Trial("knconformer_test", settings=CONFORMER),
-    "KN-Conformer, 2 x 2 kernels": _tried("conformer", conformer.knconformer_test, CONFORMER, form="pair"),
-    "KN-Conformer, standardized weights, random biases": _tried(
-        "conformer_ws", changed(conformer.knconformer_test, standardize, draw_biases), CONFORMER
+    "KN-Conformer": Trial("knconformer_test", settings=ADAMW),
+    "KN-Conformer, 2 x 2 kernels": _tried("conformer", conformer.knconformer_test, ADAMW, form="pair"),
+    "KN-Conformer, standardized weights": _tried(
+        "conformer_ws", changed(conformer.knconformer_test, standardize), ADAMW
     ),
-    "KN-Conformer, no dropout": Trial("knconformer_test", settings=CONFORMER | {"dropout": 0.0}),
+    "KN-Conformer, stem units of 9 x 9": _tried(
+        "conformer_wide", changed(conformer.knconformer_test, stem(norm_window=(9, 9))), ADAMW
+    ),
+    "KN-Conformer, no dropout": Trial("knconformer_test", settings=ADAMW | {"dropout": 0.0}),
+}
+
+
+def from_zero(trial: Trial) -> Trial:
+    """The same trial of a network whose convolutions begin with biases of zero."""
+    kind = trial.build or functools.partial(architectures.create_model, trial.model)
+    name = trial.model.removeprefix("kncifar_").removeprefix("tried_")
+    return Trial(f"kncifar_tried_{name}_from_zero", changed(kind, zero_biases), trial.settings)
+
+
+TRIALS |= {
+    f"{name}, biases of zero": from_zero(trial)
+    for name, trial in TRIALS.items()
+    if name.startswith(("KNResNet", "KN-DenseNet")) and "published" not in name
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments import checkpoint, data
 from experiments.data.images import scale
-from experiments.models import build
+from experiments.models import build_for
 from experiments.randomness import fold
 from experiments.run import Run, from_flat
 from experiments.tasks import task_of
@@ -35,10 +35,8 @@ class SavedRun:
     def initial(self) -> nn.Module:
         """The network before the first step."""
         torch.manual_seed(fold(self.run.seed, "init"))
-        run = self.run
-        options = {"dropout": run.dropout, "dropout_form": run.dropout_form, "activation": run.activation}
-        net = build(run.model, run.norm, **self.task.network(), **options)
-        layout = torch.channels_last if run.channels_last else torch.preserve_format
+        net = build_for(self.run, self.task.network())
+        layout = torch.channels_last if self.run.channels_last else torch.preserve_format
         return net.to(memory_format=layout).eval()
 
     def trained(self, which: Literal["last", "best"] = "last") -> nn.Module:
@@ -75,6 +73,23 @@ class SavedRun:
         return scale(raw, self.run.scaling, test.mean, test.std).contiguous(memory_format=layout)
 
 
+def read_run(folder: Path) -> tuple[Run, dict[str, Any]]:
+    """What `run.json` of a run folder says: the run, and its result, empty while it has none.
+
+    Raises:
+        KNPortError: no such file, or a damaged one.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        example = "runs/digits/cifar_resnet8-kernel-b32-s0"
+        raise KNPortError(f"{path} does not exist; give the folder of a run, e.g. {example}")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return from_flat(stored["run"]), stored.get("result") or {}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise KNPortError(f"{path} is damaged: {error}") from error
+
+
 def open_run(folder: Path, data_dir: str | None = None) -> SavedRun:
     """Read `run.json` of a run folder, and the data set of its recipe.
 
@@ -85,14 +100,7 @@ def open_run(folder: Path, data_dir: str | None = None) -> SavedRun:
     Raises:
         KNPortError: no such folder, a damaged file, or no data.
     """
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        example = "runs/digits/cifar_resnet8-kernel-b32-s0"
-        raise KNPortError(f"{path} does not exist; give the folder of a run, e.g. {example}")
-    try:
-        run = from_flat(json.loads(path.read_text(encoding="utf-8"))["run"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise KNPortError(f"{path} is damaged: {error}") from error
+    run, _ = read_run(Path(folder))
     run = run if data_dir is None else run.but(data_dir=data_dir)
     train_set, test_set = data.load(run)
     return SavedRun(Path(folder), run, test_set, task_of(run)(run, train_set, start_accelerator(run)))

@@ -19,7 +19,7 @@ from experiments.loop import Loop
 from experiments.memory import release
 from experiments.meter import NonFiniteLoss, reset_peak_memory
 from experiments.micro_batch import OutOfMemory
-from experiments.models import build, synchronize_batchnorm
+from experiments.models import build_for, synchronize_batchnorm
 from experiments.private_loop import PrivateLoop, check_model
 from experiments.progress import Report
 from experiments.randomness import fold
@@ -146,8 +146,7 @@ def _train(
 
 def _network(run: Run, task: Any, accelerator: Accelerator) -> nn.Module:
     """The model of the run on the CPU, as it is before the first step."""
-    options = {"dropout": run.dropout, "dropout_form": run.dropout_form, "activation": run.activation}
-    net = build(run.model, run.norm, **task.network(), **options)
+    net = build_for(run, task.network())
     if run.private:
         check_model(net, run)
     if run.segmentation.sync_batchnorm:

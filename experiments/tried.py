@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from architectures.convmixer import KNConvMixer
-from architectures.initialization import lecun_init
 from knport import KernelNorm2d, KNConv2d
 
 Build = Callable[..., nn.Module]
@@ -62,12 +61,11 @@ def plain_stem(model: nn.Module) -> None:
     model.set_submodule(path, conv)
 
 
-def draw_biases(model: nn.Module) -> None:
-    """The biases that torch gives a convolution, in the place of zeros."""
+def zero_biases(model: nn.Module) -> None:
+    """As the authors' networks begin."""
     for module in convolutions(model):
         if module.bias is not None:
-            bound = module.weight[0].numel() ** -0.5
-            nn.init.uniform_(module.bias, -bound, bound)
+            nn.init.zeros_(module.bias)
 
 
 def standardize(model: nn.Module) -> None:
@@ -93,22 +91,8 @@ def first_knconv(model: nn.Module) -> tuple[str, KNConv2d]:
     return next((path, module) for path, module in model.named_modules() if isinstance(module, KNConv2d))
 
 
-class TriedConvMixer(KNConvMixer):
-    """kncifar_convmixer with weights scaled by ``gain``, or a patch embedding without normalization."""
-
-    def __init__(self, *, gain: float = 1.0, plain_stem: bool = False, **kwargs):
-        super().__init__(130, 4, 5, **kwargs)
-        lecun_init(self)  # other draws than those of kncifar_convmixer with the same seed
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.data *= gain
-        if plain_stem:
-            stem = self.stem[0]
-            self.stem[0] = nn.Conv2d(stem.in_channels, stem.out_channels, stem.kernel_size, stem.stride)
-
-
-class PreActivation(TriedConvMixer):
-    """Activation and KNConv in the place of KNConv and activation, as in the KNResNets: sums without activation."""
+class PreActivation(KNConvMixer):
+    """Activation, KNConv in the place of KNConv, activation, as in the KNResNets: sums without activation."""
 
     residual = False  # whether the pointwise convolution has an identity beside it, too
 
@@ -124,11 +108,11 @@ class ResidualPreActivation(PreActivation):
     residual = True
 
 
-class NormedBranches(TriedConvMixer):
+class NormedBranches(KNConvMixer):
     """A KernelNorm of every pixel wherever the original has a BatchNorm, in front of KNConvs as they are."""
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         p = self.blocks[0].depthwise.dropout
         self.norms = nn.ModuleList(KernelNorm2d(dropout=p) for _ in range(2 * len(self.blocks) + 1))
 

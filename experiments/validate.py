@@ -19,10 +19,11 @@ from torch import nn
 import knport
 from experiments import checkpoint, data
 from experiments.grid import parse_fields
-from experiments.models import KN_CONVS, build
+from experiments.models import KN_CONVS, build_for
 from experiments.progress import Report
-from experiments.run import Run, from_flat, resolve
+from experiments.run import Run, resolve
 from experiments.run_folder import environment, write_text
+from experiments.saved_run import read_run
 from experiments.tasks import task_of
 from experiments.train import start_accelerator
 from knport.errors import KNPortError
@@ -76,7 +77,7 @@ def validate(
         KNPortError: no such folder, damaged weights, a model that does not fit the data.
     """
     changes = parse_fields(override) | ({} if data_dir is None else {"data_dir": data_dir})
-    saved = _of_run(folder, weights, changes) if _run_json(folder) else _of_knport(folder, recipe, changes)
+    saved = _of_run(folder, weights, changes) if (folder / "run.json").exists() else _of_knport(folder, recipe, changes)
     accelerator = start_accelerator(saved.run)
     report = Report(str(saved.folder), not quiet and accelerator.is_main_process)
     key = _key(saved)
@@ -95,20 +96,16 @@ def validate(
 
 
 def _of_run(folder: Path, weights: Which, changes: dict[str, Any]) -> Saved:
-    path = _run_json(folder)
-    try:
-        stored = json.loads(path.read_text())
-        # measuring needs as many processes as there happen to be, and no tracker
-        run = from_flat(stored["run"]).but(processes=None, track=None, run_dir=str(folder)).but(**changes)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise KNPortError(f"{path} is damaged: {error}") from error
+    run, result = read_run(folder)
+    # measuring needs as many processes as there happen to be, and no tracker
+    run = run.but(processes=None, track=None, run_dir=str(folder)).but(**changes)
     run.validate()
     where, name = ("best", "model") if weights == "best" else ("last", "model" if weights == "last" else "in_training")
     file = folder / where / f"{name}.safetensors"
     if not file.exists():
         hint = "the run has no weight average" if weights == "in_training" else "nothing has been saved yet"
         raise KNPortError(f"{file} is missing: {hint}")
-    logged = (stored.get("result") or {}) if weights == "last" and not changes.keys() - {"data_dir"} else {}
+    logged = result if weights == "last" and not changes.keys() - {"data_dir"} else {}
     return Saved(run, folder, file, weights, logged)
 
 
@@ -141,8 +138,7 @@ def _load(saved: Saved, network: dict[str, Any]) -> nn.Module:
     if saved.name == "model":
         return knport.load(saved.folder)
     run = saved.run
-    options = {"dropout": run.dropout, "dropout_form": run.dropout_form, "activation": run.activation}
-    net = build(run.model, run.norm, **network, **options)
+    net = build_for(run, network)
     tensors, _ = checkpoint.read(saved.weights.parent)
     try:
         net.load_state_dict(tensors[saved.weights.stem])
@@ -166,11 +162,6 @@ def _tell(saved: Saved, measured: dict[str, float], report: Report) -> None:
         logged = saved.logged.get(name)
         if logged is not None and abs(logged - measured[name]) > 1e-3:
             report.note(f"training logged {name} {logged:.4f}: another device, precision, library or data set?")
-
-
-def _run_json(folder: Path) -> Path | None:
-    path = folder / "run.json"
-    return path if path.exists() else None
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -38,21 +38,23 @@ def test_every_trial_is_a_network_of_its_kind(name, tmp_path):
 def test_trials_differ_in_what_they_say():
     def built(name):
         torch.manual_seed(0)
-        return placements.constructor(placements.TRIALS[f"KN-ConvMixer, {name}"])(num_classes=4)
+        return placements.constructor(placements.TRIALS[name])(num_classes=4)
 
-    half, larger = built("initial weights x 0.58"), built("initial weights x 1.7")
-    torch.testing.assert_close(half.stem[0].weight / 0.58, larger.stem[0].weight / 1.7)
+    one, double = built("KN-DenseNet, initial weights x 1.41"), built("KN-DenseNet, initial weights x 2")
+    torch.testing.assert_close(one.stem[0].weight / 1.41, double.stem[0].weight / 2)
+    assert one.stem[0].bias.any() and not built("KN-DenseNet, biases of zero").stem[0].bias.any()
     x = torch.rand(2, 3, 32, 32)
-    pre, residual = built("pre-activation").eval(), built("pre-activation, pointwise residual").eval()
+    pre, residual = (built(f"KN-ConvMixer, pre-activation{more}").eval() for more in ("", ", pointwise residual"))
     residual.load_state_dict(pre.state_dict())
     assert not torch.equal(pre(x), residual(x))
     for block in pre.blocks:
         nn.init.zeros_(block.depthwise.weight)
+        nn.init.zeros_(block.depthwise.bias)
     y = pre.stem[0](x)
     for block in pre.blocks:
         y = block.pointwise(nn.functional.gelu(y))
     torch.testing.assert_close(pre.forward_features(x), nn.functional.gelu(pre.norm(y)))
-    assert type(built("plain stem").stem[0]) is nn.Conv2d
+    assert type(built("KN-ConvMixer, plain stem").stem[0]) is nn.Conv2d
 
 
 def test_what_has_finished_is_not_trained_again(tmp_path, monkeypatch, capsys):
@@ -60,16 +62,16 @@ def test_what_has_finished_is_not_trained_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(placements, "train", lambda run, quiet: trained.append(run) or RESULT)
     options = {"out": tmp_path / "trials.csv", "runs": tmp_path}
     placements.placements(("ConvMixer",), **options)
-    placements.placements(("ConvMixer", "KN-ConvMixer, AdamW"), seeds=(0, 1), **options)
+    placements.placements(("ConvMixer", "KNResNet"), seeds=(0, 1), **options)
     assert [(run.model, run.seed) for run in trained] == [
         ("cifar_convmixer", 0),
-        ("kncifar_convmixer", 0),
+        ("kncifar_resnet8x2", 0),
         ("cifar_convmixer", 1),
-        ("kncifar_convmixer", 1),
+        ("kncifar_resnet8x2", 1),
     ]
     assert len({run.run_dir for run in trained}) == 4
     rows = list(placements.read(tmp_path / "trials.csv"))
-    assert [row["lr"] for row in rows] == ["0.05", "0.003", "0.05", "0.003"]
+    assert [row["lr"] for row in rows] == ["0.002", "0.05", "0.002", "0.05"]
     assert "31.25 %" in capsys.readouterr().out
     with pytest.raises(UnknownName, match="did you mean 'ConvMixer'"):
         placements.placements(("ConvMixr",), **options)

@@ -45,7 +45,7 @@ def run_out(_) -> None:
 
 def hungry(monkeypatch, **attributes) -> None:
     kind = type("Hungry", (Hungry,), attributes)
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: kind(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: kind(network["num_classes"]))
     original = Loop._train_step
 
     def train_step(loop):

@@ -48,12 +48,12 @@ class TinyNet(nn.Module):
 
 @pytest.fixture
 def tiny_net(monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: TinyNet(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: TinyNet(network["num_classes"]))
 
 
 @pytest.fixture
 def plain_net(monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: TinyNet(num_classes, 0.0))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: TinyNet(network["num_classes"], 0.0))
 
 
 def tiny(tmp_path, name="run", recipe="camvid", **settings):

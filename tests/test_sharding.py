@@ -23,7 +23,7 @@ SETTINGS = [{}, {"ema": 0.9, "accumulate": 2}, {"optimizer": "adamw", "lr": 0.00
 def small_units(monkeypatch):
     """Every layer is a unit, and the network has an odd number of channels that two cannot share alike."""
     monkeypatch.setattr(sharding, "UNIT", 50)
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: TinyKN(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: TinyKN(network["num_classes"]))
 
 
 def sharded(folder, **settings) -> None:

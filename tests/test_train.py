@@ -55,7 +55,7 @@ class TinyKN(nn.Module):
 
 @pytest.fixture
 def kn_net(monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: TinyKN(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: TinyKN(network["num_classes"]))
 
 
 def rows(folder: Path, name: str = "log.csv") -> list[dict[str, float]]:
@@ -187,7 +187,7 @@ def test_autocast_reaches_the_model_and_ends_with_the_run(tmp_path, monkeypatch)
             seen.append(torch.is_autocast_enabled("cpu"))
             return super().forward(x)
 
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: Spy(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: Spy(network["num_classes"]))
     train(tiny(tmp_path, "bf16", steps=1, mixed_precision="bf16"), quiet=True)
     assert all(seen)
     seen.clear()
@@ -253,7 +253,7 @@ def test_no_checkpoint_after_a_bad_loss(tmp_path, monkeypatch):
             self.calls += self.training
             return super().forward(x) * (float("nan") if self.calls > 6 else 1.0)
 
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: Explodes(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: Explodes(network["num_classes"]))
     with pytest.raises(NonFiniteLoss, match="training loss is nan at step 6 ") as caught:
         train(tiny(tmp_path, checkpoint_every=4), quiet=True)
     assert caught.value.step == 6

@@ -27,7 +27,7 @@ pytestmark = needs_fork
 
 @pytest.fixture
 def kn_net(monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: TinyKN(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: TinyKN(network["num_classes"]))
 
 
 class WithBatchNorm(TinyKN):
@@ -65,7 +65,7 @@ def test_kernel_normalization_is_the_same_training(tmp_path, kn_net, settings):
 
 def test_batchnorm_is_not(tmp_path, monkeypatch):
     """Each process normalizes its half of the batch: from the first step on, another loss."""
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: WithBatchNorm(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: WithBatchNorm(network["num_classes"]))
     one, both = compared(tmp_path, batch_size=4)
     assert abs(both[0] - one[0]) > 1e-4
     assert max(abs(a - b) for a, b in zip(one, both, strict=True)) > 1e-2
@@ -99,7 +99,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def use_net(patch) -> None:
-    patch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: Net(num_classes))
+    patch.setattr("experiments.train.build_for", lambda run, network: Net(network["num_classes"]))
 
 
 @pytest.fixture
