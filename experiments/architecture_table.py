@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import architectures
-from experiments import learned
+from experiments import flat_images, learned
 from experiments.live_tensors import LiveTensors
 from experiments.one_command import one_command
 from experiments.signal_propagation import FAMILIES, INIT, SMALL, family_of, kernel_normalized, read_csv, spread
@@ -49,7 +49,7 @@ within a factor of 4. Where no paper says otherwise a network begins with LeCun 
 normalized layer puts out variance 1, the KNResNets with Kaiming normal ones by fan-in, twice that variance
 (`architectures.initialization`). The authors' KNResNets began with Kaiming normal weights by fan-out, of which a stem
 that makes 64 channels of three puts out far less than the blocks behind it (in brackets): `init="published"`. Among the
-trials above are both, three seeds each; published checkpoints load into either.
+trials above are both with biases of zero, three seeds each; published checkpoints load into either.
 """
 
 
@@ -133,7 +133,7 @@ def architecture_table(folder: Path = Path("docs"), keep: bool = False, results:
     """Count every network and write architectures.csv and architectures.md.
 
     Args:
-        folder: to write to; signal_propagation.csv is read there.
+        folder: to write to; signal_propagation.csv and flat_images.csv are read there.
         keep: take the counts that the CSV holds already, and count only what is new.
         results: folder of what the small networks learned.
     """
@@ -147,7 +147,8 @@ def architecture_table(folder: Path = Path("docs"), keep: bool = False, results:
                 write_counts(path, counts)
     traced = folder / "signal_propagation.csv"
     spreads = {name: spread(found) for name, found in read_csv(traced).items()} if traced.exists() else {}
-    sections = (INTRODUCTION.strip(), table(counts, spreads), learned.section(results), PROPAGATION.strip())
+    sections = [INTRODUCTION.strip(), table(counts, spreads), learned.section(results), PROPAGATION.strip()]
+    sections.append(flat_images.section(folder / "flat_images.csv"))
     text = "\n\n".join(filter(None, sections))
     (folder / "architectures.md").write_text(f"{text}\n", encoding="utf-8")
 
