@@ -3,7 +3,7 @@ standardization, for all six families of networks at batch sizes 2, 8 and 32.
 
 Without a GPU a stated part of CIFAR-100 and small networks, hours on one core; with `--full` the whole data set and the
 usual sizes, for a GPU. The result is a folder as of `compare`: README's table is made of it by
-`python -m experiments.readme_table --csv experiments/results/families/results.csv`.
+`python -m experiments.readme_table`.
 """
 
 from __future__ import annotations

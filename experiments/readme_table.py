@@ -22,7 +22,7 @@ PICTURE = "accuracy.svg"
 
 
 def readme_table(
-    csv: Path = Path("experiments/results/cifar100/results.csv"),
+    csv: Path = Path("experiments/results/families/results.csv"),
     readme: Path = Path("README.md"),
 ) -> None:
     """Rewrite the part of `readme` between the markers, and the picture beside `csv`.

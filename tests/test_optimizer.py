@@ -23,10 +23,10 @@ def network() -> nn.Sequential:
     return nn.Sequential(KNConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), LayerNorm2d(4), nn.GroupNorm(2, 4))
 
 
-def small(*args, num_classes: int, **kwargs) -> nn.Sequential:
+def small(run, network) -> nn.Sequential:
     pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return nn.Sequential(
-        KNConv2d(1, 8, 3, dropout=0.2), nn.GroupNorm(2, 8), nn.ReLU(), *pool, nn.Linear(8, num_classes)
+        KNConv2d(1, 8, 3, dropout=0.2), nn.GroupNorm(2, 8), nn.ReLU(), *pool, nn.Linear(8, network["num_classes"])
     )
 
 
@@ -110,7 +110,7 @@ def test_the_bits_do_not_depend_on_a_crash(tmp_path, monkeypatch):
     fixed = {"batch_size": 16, "train_images": 80, "test_images": 20}
     fixed |= {"steps": 9, "checkpoint_every": 4, "eval_every": 10.0, "mixup": 0.2, "repeats": 2, "lr": 0.01}
     monkeypatch.setattr("experiments.run_folder._commit", lambda: None)  # git
-    monkeypatch.setattr("experiments.train.build", small)
+    monkeypatch.setattr("experiments.train.build_for", small)
     train(resolve("digits", run_dir=str(tmp_path / "whole"), **fixed | settings), quiet=True)
     crashed = resolve("digits", run_dir=str(tmp_path / "crashed"), **fixed | settings)
     with monkeypatch.context() as patch:

@@ -231,12 +231,12 @@ def test_the_task_of_a_recipe():
 
 @pytest.fixture
 def small_network(monkeypatch):
-    def small(*args, num_classes: int, **kwargs) -> nn.Sequential:
+    def small(run, network) -> nn.Sequential:
         pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        conv = KNConv2d(3, 8, 3, 2, dropout=0.05 if kwargs["dropout"] is None else kwargs["dropout"])
-        return nn.Sequential(conv, nn.GroupNorm(1, 8), nn.GELU(), *pool, nn.Linear(8, num_classes))
+        conv = KNConv2d(3, 8, 3, 2, dropout=0.05 if run.dropout is None else run.dropout)
+        return nn.Sequential(conv, nn.GroupNorm(1, 8), nn.GELU(), *pool, nn.Linear(8, network["num_classes"]))
 
-    monkeypatch.setattr("experiments.train.build", small)
+    monkeypatch.setattr("experiments.train.build_for", small)
     monkeypatch.setattr("experiments.run_folder._commit", lambda: None)  # git
 
 

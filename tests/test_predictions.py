@@ -26,9 +26,13 @@ from knport.errors import KNPortError
 SMALL = {"crop_height": 16, "crop_width": 20, "epochs": 2}
 
 
-def tiny(model, norm, *, num_classes, **options):
+def tiny_model(model, norm, *, num_classes, **options):
     """In the place of a network that takes seconds to build."""
     return TinyNet(num_classes, 0.0 if norm == "none" else 0.2)
+
+
+def tiny(run, network):
+    return tiny_model(run.model, run.norm, **network)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +42,9 @@ def compared(tmp_path_factory):
     write_camvid(folder / "data")
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("train", "saved_run", "compare"):
-            name = "build_model" if module == "compare" else "build"
-            patch.setattr(f"experiments.{module}.{name}", tiny)
+        for module in ("train", "saved_run"):
+            patch.setattr(f"experiments.{module}.build_for", tiny)
+        patch.setattr("experiments.compare.build_model", tiny_model)
         override = tuple(f"{name}={value}" for name, value in SMALL.items())
         where = {"data_dir": str(folder / "data"), "out": str(folder / "out"), "override": override}
         lists = {"models": ("fcn_resnet18",), "norms": ("original", "none"), "batch_sizes": (2,), "seeds": (0, 1)}
@@ -50,7 +54,7 @@ def compared(tmp_path_factory):
 @pytest.fixture
 def saved(compared, monkeypatch):
     """One of its runs, opened again."""
-    monkeypatch.setattr("experiments.saved_run.build", tiny)
+    monkeypatch.setattr("experiments.saved_run.build_for", tiny)
     return open_run(compared / "fcn_resnet18-original-b2-s0")
 
 

@@ -32,12 +32,12 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
     """A network of kernel normalization alone, whose steps take milliseconds; dropout 0.1."""
-    monkeypatch.setattr("experiments.train.build", lambda *a, num_classes, **kw: TinyKN(num_classes, dropout=0.1))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: TinyKN(network["num_classes"], dropout=0.1))
 
 
 @pytest.fixture
 def without_dropout(monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *a, num_classes, **kw: TinyKN(num_classes, dropout=0.0))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: TinyKN(network["num_classes"], dropout=0.0))
 
 
 def tiny(folder, **settings):
@@ -93,9 +93,9 @@ def test_parts_are_no_steps_of_their_own(tmp_path, without_dropout):
 @pytest.mark.parametrize("secure", [False, True])
 def test_the_noise_has_the_scale_that_is_accounted_for(tmp_path, monkeypatch, secure):
     monkeypatch.setattr(
-        "experiments.train.build",
-        lambda *a, num_classes, **kw: torch.nn.Sequential(
-            torch.nn.Flatten(), torch.nn.Linear(64, 300), torch.nn.ReLU(), torch.nn.Linear(300, num_classes)
+        "experiments.train.build_for",
+        lambda run, network: torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(64, 300), torch.nn.ReLU(), torch.nn.Linear(300, network["num_classes"])
         ),
     )
     monkeypatch.setattr(PoissonFeed, "rows", lambda feed, step: [])  # nothing but noise

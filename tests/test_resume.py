@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def net(monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: Net(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: Net(network["num_classes"]))
 
 
 @pytest.fixture(autouse=True)

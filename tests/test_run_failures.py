@@ -27,7 +27,7 @@ from knport.errors import KNPortError
 
 @pytest.fixture(autouse=True)
 def net(monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: Net(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: Net(network["num_classes"]))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def whole(tmp_path_factory):
     """What `tiny` makes when nothing fails."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: Net(num_classes))
+        patch.setattr("experiments.train.build_for", lambda run, network: Net(network["num_classes"]))
         train(tiny(folder), quiet=True)
     return contents(folder)
 
@@ -195,7 +195,7 @@ def test_what_one_of_two_processes_meets_is_said(tmp_path, monkeypatch):
 
 
 def test_a_damaged_data_file_costs_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: Colour(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: Colour(network["num_classes"]))
     write_cifar(tmp_path, "cifar100", "binary", count=100)
     fixed = {"batch_size": 10, "steps": 9, "checkpoint_every": 3, "data_dir": str(tmp_path)}
     train(resolve("cifar100", run_dir=str(tmp_path / "whole"), **fixed), quiet=True)

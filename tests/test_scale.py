@@ -138,7 +138,7 @@ SMALL = {"steps": [2], "override": ["train_images=64", "test_images=50"]}
 
 @pytest.fixture
 def kn_net(monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: TinyKN(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: TinyKN(network["num_classes"]))
 
 
 def test_an_array_of_what_has_not_finished(cluster, kn_net, capsys):

@@ -18,7 +18,7 @@ from knport.errors import KNPortError
 
 @pytest.fixture(autouse=True)
 def kn_net(monkeypatch):
-    monkeypatch.setattr("experiments.train.build", lambda *args, num_classes, **kwargs: TinyKN(num_classes))
+    monkeypatch.setattr("experiments.train.build_for", lambda run, network: TinyKN(network["num_classes"]))
 
 
 def asked(rates, score) -> list[float]:

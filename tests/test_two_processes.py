@@ -74,7 +74,7 @@ def test_batchnorm_is_not(tmp_path, monkeypatch):
 def test_what_they_say_and_what_one_process_measures_again(tmp_path, kn_net, monkeypatch):
     said = run_two(lambda: train(two(tmp_path / "run", test_images=51)), tmp_path / "processes")
     assert said.count("top-1") == 4, "one process speaks"
-    monkeypatch.setattr("experiments.validate.build", lambda *args, num_classes, **kwargs: TinyKN(num_classes))
+    monkeypatch.setattr("experiments.validate.build_for", lambda run, network: TinyKN(network["num_classes"]))
     result = stored(tmp_path / "run")["result"]
     again = validate(tmp_path / "run", quiet=True)
     assert (again["top1"], again["top5"]) == (result["top1"], result["top5"])
