@@ -47,12 +47,20 @@ def about(rows: Sequence[Row]) -> str:
     epochs = ", ".join(f"{max(r.epochs for r in rows if r.batch_size == size):g} at {size}" for size in sizes_of(rows))
     text = (
         f"Each family's laptop-sized network and its original, trained alike on {images}: top-1 in percent after the "
-        f"last step, seeds {', '.join(map(str, seeds))} (mean ± SD where there are several). ResNet and DenseNet are "
+        f"last step, {seed_list(seeds)}. ResNet and DenseNet are "
         "trained by SGD and the others by AdamW, with one learning rate, which falls along a cosine, for all networks "
         f"of a family. Epochs by batch size: {epochs}. These are first steps, far from converged, and one seed is sure "
-        f"to about two points. {'; '.join(standing(rows, size) for size in sizes_of(rows))}."
+        f"to about two points. Kernel normalization beside the original, level meaning within {MARGIN:g} points:"
     )
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    about = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join([about, "\n".join(standing(rows, size) for size in sizes_of(rows))])
+
+
+def seed_list(seeds: Sequence[int]) -> str:
+    """The seeds in words."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"seeds {', '.join(map(str, seeds))} (mean ± SD where there are several)"
 
 
 def sizes_of(rows: Sequence[Row]) -> list[int]:
@@ -68,8 +76,8 @@ def standing(rows: Sequence[Row], size: int) -> str:
             gap = statistics.mean(pair[1]) - statistics.mean(pair[0])
             place = "level in" if abs(gap) <= MARGIN else "ahead in" if gap > 0 else "behind in"
             places[place].append(f"{name} ({gap:+.1f})")
-    found = ", ".join(f"{place} {' and '.join(names)}" for place, names in places.items() if names)
-    return f"at batch size {size} kernel normalization, against the original and {MARGIN:g} points, is {found}"
+    found = "; ".join(f"{place} {', '.join(names)}" for place, names in places.items() if names)
+    return f"- batch size {size}: {found}"
 
 
 def kernel_normalized(rows: Sequence[Row], size: int) -> list[str]:
@@ -107,8 +115,8 @@ def difference(of_original: Sequence[float], ours: Sequence[float]) -> str:
 TRIALS = """### Trials
 
 Other places for the norms, other initial weights and learning rates, on the same images:
-`python -m experiments.placements`. Rows of 312 steps are one epoch, those of 936 three; who is ahead after the first is
-not who is ahead after the third."""
+`python -m experiments.placements`. Rows of 312 steps are one epoch, those of 936 three, as in the table above; who is
+ahead after the first is not who is ahead after the third."""
 
 
 def trials_table(rows: Sequence[dict[str, str]]) -> str:

@@ -68,6 +68,8 @@ def section(rows: tuple[Row, ...], csv: str, picture: str) -> str:
     short = _SHORT.get(name, name)
     parts.append(f"{short} in percent after the last step, mean ± SD over n seeds; {row.recipe}, {images}.")
     parts.append("<details><summary>Setting and command</summary>")
+    if _several(rows):
+        parts += _matrices(rows, batch_sizes_of(rows)[1:-1])
     parts += [tables.settings(rows).markdown(), page.machine(rows)]
     parts += [f"```\n{command}\n```" for command in page.commands(rows)]
     parts.append(f"Every number is made from [{csv}]({csv}).\n\n</details>")
@@ -78,13 +80,15 @@ _SHORT = {"Top-1 accuracy": "Top-1"}
 
 
 def scores(rows: Sequence[Row]) -> list[str]:
-    """One table; of several backbones one for each batch size, backbones down and norms across."""
+    """One table; of several backbones one for the smallest batch size and one for the largest."""
     if not _several(rows):
         return [tables.accuracy(rows).markdown()]
-    texts = []
-    for size in batch_sizes_of(rows):
-        texts += [f"Batch size {size}:", backbones.matrix(rows, size).markdown()]
-    return texts
+    return _matrices(rows, sorted({batch_sizes_of(rows)[0], batch_sizes_of(rows)[-1]}))
+
+
+def _matrices(rows: Sequence[Row], sizes: Sequence[int]) -> list[str]:
+    """One table for each batch size, backbones down and norms across."""
+    return [text for size in sizes for text in (f"Batch size {size}:", backbones.matrix(rows, size).markdown())]
 
 
 def main() -> int:

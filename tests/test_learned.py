@@ -91,9 +91,7 @@ def test_section(tmp_path):
     write(tmp_path, Results(tuple(rows), ()))
     text = learned.section(tmp_path)
     assert "| cifar_resnet8x2 | 32 | 3,200 | 0.1 | 31.0 ± 1.4 | 28.0 |  | 34.0 | +3.0 |" in text
-    assert "at batch size 32 kernel normalization, against the original and 2 points, is ahead in" in " ".join(
-        text.split()
-    )
+    assert "- batch size 32: ahead in kncifar_resnet8x2 (+3.0)" in text
     flat = " ".join(text.split())
     assert "10,000 training and 2,000 test images of 20 classes" in flat and "seeds 0, 1" in flat
     assert "Trials" not in text
