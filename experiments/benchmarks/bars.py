@@ -190,6 +190,10 @@ def _gpu_peak(rows: Rows) -> Result | None:
     return Result(f"{max(quotients):.2f} at worst", max(quotients) <= 1) if quotients else None
 
 
+def _compiled_layers(variant: str, mode: str = "training"):
+    return lambda rows: rows.layers(variant, mode, engine="compiled")
+
+
 BN = "Conv2d+BatchNorm2d"
 CPU_BARS = (
     Bar(
@@ -201,6 +205,21 @@ CPU_BARS = (
         "the same, dropout 0.05 (moments)",
         "<= 1.10 median, none over 1.20",
         _ratios(lambda rows: rows.layers(names.MOMENTS), 1.10, 1.20),
+    ),
+    Bar(
+        f"both compiled: training step, dropout 0 / {BN}",
+        "<= 1.05 median, none over 1.15",
+        _ratios(_compiled_layers(names.PLAIN), 1.05, 1.15),
+    ),
+    Bar(
+        "both compiled, dropout 0.05",
+        "<= 1.10 median, none over 1.20",
+        _ratios(_compiled_layers(names.MOMENTS), 1.10, 1.20),
+    ),
+    Bar(
+        "both compiled, inference",
+        "<= 1.10 median",
+        _ratios(_compiled_layers(names.MOMENTS, "inference"), 1.10),
     ),
     Bar(
         "contiguous, dropout 0.05",
