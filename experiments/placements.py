@@ -111,7 +111,7 @@ TRIALS: dict[str, Trial] = {
     "KNResNet, no dropout, stem units of 9 x 9": _tried(
         "resnet_wide9", changed(KNRESNET, stem(norm_window=(9, 9))), {"dropout": 0.0}
     ),
-    "ResNet, converted": Trial("cifar_resnet8x2", settings={"norm": "kernel"}),
+    "ResNet, converted": _tried("converted", CONVERTED),
     "ResNet, converted, dropout in the stem": _tried("converted_stem", changed(CONVERTED, stem(dropout=0.05))),
     "ResNet, converted, stem units of 9 x 9": _tried("converted_wide9", changed(CONVERTED, stem(norm_window=(9, 9)))),
     "ResNet, converted, dropout in the stem, units of 9 x 9": _tried(
@@ -156,7 +156,7 @@ def from_zero(trial: Trial) -> Trial:
 TRIALS |= {
     f"{name}, biases of zero": from_zero(trial)
     for name, trial in TRIALS.items()
-    if name.startswith(("KNResNet", "KN-DenseNet")) and "published" not in name
+    if name.startswith(("KNResNet", "KN-DenseNet", "ResNet, converted")) and "published" not in name
 }
 
 
