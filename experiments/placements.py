@@ -32,6 +32,7 @@ from experiments.tried import (
     PreActivation,
     ResidualPreActivation,
     changed,
+    own_channels,
     plain_stem,
     scale_weights,
     standardize,
@@ -88,6 +89,7 @@ TRIALS: dict[str, Trial] = {
         "narrow", changed(KNCONVMIXER, stem(norm_window=(6, 6))), ADAMW
     ),
     "KN-ConvMixer, no dropout": Trial("kncifar_convmixer", settings=ADAMW | {"dropout": 0.0}),
+    "KN-ConvMixer, depthwise units of one channel": _tried("own_channels", changed(KNCONVMIXER, own_channels), ADAMW),
     "KN-ConvMixer, standardized weights": _tried("convmixer_ws", changed(KNCONVMIXER, standardize), ADAMW),
     "ResNet": Trial("cifar_resnet8x2"),
     "KNResNet": Trial("kncifar_resnet8x2"),

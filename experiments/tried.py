@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -123,3 +124,28 @@ class NormedBranches(KNConvMixer):
             x = x + next(norms)(block.act1(block.depthwise(x)))
             x = next(norms)(block.act2(block.pointwise(x)))
         return self.norm(x)
+
+
+class OwnChannel(nn.Conv2d):
+    """A depthwise KNConv without dropout whose units are k x k pixels of the filter's own channel, not of all."""
+
+    @classmethod
+    def of(cls, conv: KNConv2d) -> OwnChannel:
+        k = conv.kernel_size[0]
+        new = cls(conv.in_channels, conv.out_channels, k, padding=k // 2, groups=conv.groups)
+        new.load_state_dict(conv.state_dict())
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, padding = self.kernel_size[0], self.padding[0]
+        mean = F.avg_pool2d(x, k, 1, padding)  # zeros around the map belong to the units, as in KNConv
+        rstd = (F.avg_pool2d(x * x, k, 1, padding) - mean * mean).clamp_min(0).add(1e-5).rsqrt()
+        y = F.conv2d(x, self.weight, None, 1, padding, 1, self.groups)
+        return (y - mean * self.weight.sum((1, 2, 3)).view(-1, 1, 1)) * rstd + self.bias.view(-1, 1, 1)
+
+
+def own_channels(model: nn.Module) -> None:
+    """Statistics of the filter's own channel in every depthwise KNConv of odd kernel."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, KNConv2d) and module.groups == module.in_channels:
+            model.set_submodule(path, OwnChannel.of(module))

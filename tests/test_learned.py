@@ -13,6 +13,8 @@ from architectures import registry
 from experiments import learned, placements
 from experiments.models import build
 from experiments.results import Results, Row, write
+from experiments.tried import OwnChannel
+from knport import KNConv2d
 from knport.errors import UnknownName
 
 RESULT = {"steps": 312, "top1": 31.25, "train_loss": 2.5, "test_loss": 2.25, "seconds": 60.2}
@@ -55,6 +57,15 @@ def test_trials_differ_in_what_they_say():
         y = block.pointwise(nn.functional.gelu(y))
     torch.testing.assert_close(pre.forward_features(x), nn.functional.gelu(pre.norm(y)))
     assert type(built("KN-ConvMixer, plain stem").stem[0]) is nn.Conv2d
+
+
+def test_units_of_one_channel_are_those_of_a_layer_with_one_channel():
+    wide = KNConv2d(3, 3, 5, padding="same", groups=3, dropout=0.0).double()
+    x, ours = torch.randn(2, 3, 8, 7, dtype=torch.float64), OwnChannel.of(wide).double()
+    for i in range(3):
+        one = KNConv2d(1, 1, 5, padding="same", dropout=0.0).double()
+        one.load_state_dict({name: values[i : i + 1] for name, values in wide.state_dict().items()})
+        torch.testing.assert_close(ours(x)[:, i : i + 1], one(x[:, i : i + 1]))
 
 
 def test_what_has_finished_is_not_trained_again(tmp_path, monkeypatch, capsys):
