@@ -13,10 +13,10 @@ def lecun_init(model: nn.Module, gain: float = 1.0) -> None:
     normalization, and fan-out scales a stem of 3 channels down to a fifth of what follows.) A larger gain scales all
     layers alike, which the normalization behind them takes back; but steps of one size then turn the weights less.
 
-    The biases are uniform within 1 / sqrt(n), not zero: a normalized flat patch of an image is 0, and a stem without
-    biases puts out 0 in every channel there. The next layer's unit then has no variance, so that its gradient is
-    divided by sqrt(eps): one flat patch outweighs the rest of a batch (docs/architectures.md has what that costs).
-    Classifiers begin with zero biases.
+    The biases are uniform within 1 / sqrt(n), not zero: a normalized flat patch of an image is 0, and a stem puts out
+    its bias there. After the first steps from zero that is next to nothing in every channel, and the gradient of the
+    next layer's unit is divided by up to sqrt(eps): one flat image outweighs the rest of a batch (docs/architectures.md
+    has the figures). Linear layers begin with zero biases.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     for conv in convolutions:

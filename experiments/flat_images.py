@@ -102,8 +102,8 @@ ABOUT = """## Flat images
 Where an image is flat a normalized unit is 0, and a stem puts out its bias. If that is next to nothing in every
 channel, as biases that began at 0 are after the first steps, the next layer's unit has next to no variance; its
 gradient is divided by up to sqrt(eps), and one flat image, or a flat background, outweighs the rest of a batch. So no
-network here begins with biases of 0 in its stem, but for those of `init="published"`, and `knport.convert` starts none
-there. Norm of the gradient of one image, without dropout (`python -m experiments.flat_images`,
+KNConv that reads images begins with biases of 0, here or in what `knport.convert` makes, but for `init="published"`.
+Norm of the gradient of one image, without dropout (`python -m experiments.flat_images`,
 [flat_images.csv](flat_images.csv)); "near 0" is an SD of 0.0001:"""
 
 

@@ -52,8 +52,8 @@ def about(rows: Sequence[Row]) -> str:
         f"of a family. Epochs by batch size: {epochs}. These are first steps, far from converged, and one seed is sure "
         f"to about two points. Kernel normalization beside the original, level meaning within {MARGIN:g} points:"
     )
-    about = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-    return "\n\n".join([about, "\n".join(standing(rows, size) for size in sizes_of(rows))])
+    filled = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join([filled, "\n".join(standing(rows, size) for size in sizes_of(rows))])
 
 
 def seed_list(seeds: Sequence[int]) -> str:
@@ -70,7 +70,7 @@ def sizes_of(rows: Sequence[Row]) -> list[int]:
 def standing(rows: Sequence[Row], size: int) -> str:
     """In which families kernel normalization is ahead of the original, level with it or behind, at a batch size."""
     places: dict[str, list[str]] = {"ahead in": [], "level in": [], "behind in": []}
-    for name in kernel_normalized(rows, size):
+    for name in ours_at(rows, size):
         pair = [accuracies(rows, model, size) for model in (architectures.original_of(name) or "", name)]
         if all(pair):
             gap = statistics.mean(pair[1]) - statistics.mean(pair[0])
@@ -80,7 +80,7 @@ def standing(rows: Sequence[Row], size: int) -> str:
     return f"- batch size {size}: {found}"
 
 
-def kernel_normalized(rows: Sequence[Row], size: int) -> list[str]:
+def ours_at(rows: Sequence[Row], size: int) -> list[str]:
     """The kernel normalized networks with a result at a batch size."""
     return sorted({row.model for row in rows if row.batch_size == size and architectures.original_of(row.model)})
 
@@ -92,7 +92,7 @@ def families(rows: Sequence[Row]) -> str:
     ]
     lines.append("| --- |" + " ---: |" * 8)
     for size in sizes_of(rows):
-        for name in kernel_normalized(rows, size):
+        for name in ours_at(rows, size):
             original = architectures.original_of(name) or ""
             row = next(row for row in rows if (row.model, row.batch_size) == (name, size))
             scores = [accuracies(rows, original, size, norm) for norm in RIVALS] + [accuracies(rows, name, size)]

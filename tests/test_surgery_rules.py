@@ -74,6 +74,9 @@ def test_the_bias_of_a_stem_differs_in_every_channel():
     """Where an image is flat the output is the bias: next to nothing in it would be divided by sqrt(eps)."""
     bias = convert(post(), example_inputs=X)[0].bias
     assert len(set(bias.tolist())) == 8 and not torch.equal(bias, torch.zeros(8))
+    zero = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    nn.init.zeros_(zero[0].bias)
+    assert convert(zero, example_inputs=X)[0].bias.any() and "starts spread around 0" in verdict(zero, "0").reason
     trained = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), affine(nn.BatchNorm2d(8)), nn.ReLU(), nn.Conv2d(8, 8, 3))
     assert torch.equal(convert(trained, example_inputs=X)[0].bias, trained[1].bias)
 

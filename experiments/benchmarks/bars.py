@@ -11,8 +11,7 @@ from experiments.benchmarks import competitors as names
 from experiments.benchmarks import growth, networks
 from experiments.benchmarks.memory import MIB
 from experiments.benchmarks.rows import OUT, Row, latest, read
-from experiments.markers import replaced
-from experiments.results import write_text
+from experiments.markers import rewrite
 from experiments.tables import Table, Text
 
 BEGIN, END = "<!-- bars: made by python -m experiments.benchmarks bars --into -->", "<!-- end of bars -->"
@@ -69,7 +68,7 @@ def bars(*, csv: Path = OUT, threads: int = 2, into: Path | None = None) -> None
     print(text)
     if into is not None:
         pictures = [f"![{path.stem.replace('_', ' of ', 1)}]({path.name})" for path in _pictures(into.parent)]
-        write_text(into, _replaced(into, "\n\n".join([text, *pictures])))
+        rewrite(into, BEGIN, END, "\n\n".join([text, *pictures]))
 
 
 def table(rows: list[Row], threads: int) -> str:
@@ -264,8 +263,3 @@ GPU_BARS = (
 
 def _pictures(folder: Path) -> list[Path]:
     return sorted(folder.glob("benchmark_*.svg"))
-
-
-def _replaced(path: Path, content: str) -> str:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return replaced(text, BEGIN, END, content, str(path))

@@ -93,7 +93,8 @@ def convert(
 ) -> nn.Module:
     """A copy of `model` with kernel normalization in the place of its normalization layers.
 
-    A convolution before or behind a norm becomes a KNConv with the same weights and the norm goes; a norm that no
+    A convolution before or behind a norm becomes a KNConv with the same weights and the norm goes (a bias that
+    BatchNorm took away again goes with it, and one of 0 at the input is spread: docs/convert.md); a norm that no
     convolution can take over from, and the last one before the head, becomes a KernelNorm (Nasirigerdeh et al., TMLR
     2024). 1x1 convolutions are enlarged (`KNConfig.enlarge`). A linear layer that reads a LayerNorm or RMSNorm becomes
     a KNLinear, with the norm's gain and bias in its weights and statistics of neighbouring tokens where these lie on a

@@ -71,11 +71,11 @@ def affine_behind(graph: Graph, layer: Site, sites: dict[str, Site], absorbed: d
     if layer.path not in absorbed.get(norm, ()) or activates_before_gain(sites[norm].module):
         return None
     channels = {getattr(sites[norm].module, name, None) for name in ("weight", "bias")} - {None}
-    lost = takes_means(sites[norm].module) and layer.module.bias is not None
+    cancelled = takes_means(sites[norm].module) and layer.module.bias is not None
     shapes = [graph.nodes[index].shape or () for index in graph.calls[layer.path]]
     own = len(layer.module.weight)
     clear = layer.kind == "conv" or all(shape[1:].count(own) == 1 for shape in shapes)  # which dimension a view keeps
-    return norm if (channels or lost) and clear and all(values.numel() == own for values in channels) else None
+    return norm if (channels or cancelled) and clear and all(values.numel() == own for values in channels) else None
 
 
 def neutral(norm: nn.Module) -> bool:

@@ -177,7 +177,8 @@ def _token_window(layouts: list[Tokens], config: KNConfig) -> tuple[int | tuple[
 def _takes_over(path: str, sites: dict[str, Site], found: Match, at_input: bool = False) -> str:
     module = sites[path].module
     start = "starts spread around 0" if at_input else "starts at 0"
-    bias = f"bias {start}" if module.bias is None else "bias kept"
+    new = module.bias is None or (at_input and (module.bias.is_meta or not module.bias.any()))
+    bias = f"bias {start}" if new else "bias kept"
     if path in found.folded:
         bias = "gain and bias of the norm folded in"
     elif module.bias is not None and path in found.affine and takes_means(sites[found.affine[path]].module):
