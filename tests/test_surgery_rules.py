@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from accelerate.hooks import ModelHook, add_hook_to_module
 from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
@@ -441,6 +442,52 @@ def test_an_activation_in_place_must_not_edit_the_skip():
     new(x)
     assert not new.act.inplace and torch.equal(*seen[0])
     assert model.act.inplace
+
+
+class Branches(nn.Module):
+    """conv, norm and an activation in place; then a sum, made in place or not, with its own norm and activation."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.first, self.norm1, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.norm2, self.act, self.last, self.add = nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), add
+
+    def forward(self, x):
+        x = self.act(self.norm1(self.first(x)))
+        return self.last(self.act(self.norm2(self.add(self.second(x), x))))
+
+
+@pytest.mark.parametrize("add", [torch.add, lambda a, b: a.add_(b)], ids=["add", "add_"])
+def test_an_activation_in_place_on_what_only_it_reads_stays(add):
+    model = Branches(add)
+    made = plan(model, example_inputs=X)
+    assert made.inplace_off == () and "switched off" not in str(made)
+    new = made.apply(model)
+    other = copy.deepcopy(new)
+    other.act.inplace = False
+    assert new.act.inplace
+    results = []
+    for net in (new, other):
+        torch.manual_seed(0)
+        y = net(X)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in net.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_an_activation_in_place_on_a_sum_into_a_skip_is_switched_off():
+    """add_ writes into the skip, which is then read once more: no new tensor."""
+
+    class Twice(Branches):
+        def forward(self, x):
+            x = self.norm1(self.first(x))
+            return self.second(self.act(self.norm2(x.add_(1)))) + x
+
+    assert plan(Twice(None), example_inputs=X).inplace_off == ("act",)
+
+
+def test_resnet18_keeps_its_activations_in_place():
+    assert plan(torchvision.models.resnet18(), KNConfig(enlarge="none")).inplace_off == ()
 
 
 @pytest.mark.parametrize("function", [lambda x: F.relu(x, inplace=True), lambda x: F.relu(x, True), torch.relu_])

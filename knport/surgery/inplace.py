@@ -1,4 +1,7 @@
-"""In-place steps after a norm that goes: they would now write into what the norm used to read, a skip for instance."""
+"""In-place steps after a norm that goes: they now write into what the norm used to read.
+
+Where that is a new tensor that nobody else reads, as behind conv -> norm, they may; where it is a skip, they must not.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,16 @@ def switch_off(graph: Graph, removed: set[int], modules: dict[str, nn.Module]) -
     paths: dict[str, None] = {}
     for index in sorted(removed):
         norm = graph.nodes[index]
+        _refuse_late_writer(graph, norm)
+        if _is_fresh(graph, norm, removed):
+            continue
         for name, part in modules[norm.name].named_modules():
             if getattr(part, "inplace", False) is True:
                 paths[f"{norm.name}.{name}"] = None
-        _refuse_late_writer(graph, norm)
         for step in _writers(graph, norm, removed):
             if step.op == "module":
                 paths[step.name] = None
-            elif not _is_fresh(graph, norm, removed):
+            else:
                 raise UnsupportedModule(
                     step.owner,
                     f"{step.name} works in place on what {norm.name} made; without that norm it would write into "
@@ -74,6 +79,7 @@ def _is_fresh(graph: Graph, norm: Node, removed: set[int]) -> bool:
         source = graph.nodes[node.inputs[0]]
         if len(graph.readers[source.index]) != 1:
             return False
-        if source.role not in VIEWS and source.index not in removed:
+        old = source.role in VIEWS or source.index in removed or (source.role == "add" and source.inplace)
+        if not old:
             return source.role in _FRESH or source.role == "norm"
         node = source

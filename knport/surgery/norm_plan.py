@@ -71,7 +71,8 @@ class NormPlan:
         norm: the norm asked for.
         options: of the new norms.
         verdicts: one per norm and, with weight standardization, per convolution, in the order of the model's modules.
-        inplace_off: activations that may no longer work in place, since the norm that made their input is gone.
+        inplace_off: activations that may no longer work in place: the norm that made their input is gone, and others
+            read what it read.
         reader: how the model was read.
         input_shape: of the input that it was read with.
         structure: (path, description) of every module, to recognise the model again.

@@ -90,7 +90,8 @@ class Plan:
         verdicts: one per norm and convolution, and per linear layer that changes or is never called, in the order of
             the model's modules.
         final_norms: the KernelNorms that are added before the head.
-        inplace_off: activations that may no longer work in place, since the norm that made their input is gone.
+        inplace_off: activations that may no longer work in place: the norm that made their input is gone, and others
+            read what it read.
         notes: what else a reader should know.
         parameters: how many the model has, before and after.
         reader: how the model was read.
