@@ -106,11 +106,13 @@ class Box(NamedTuple):
         """(N, R, H, W) -> (N, R, O, P), one dimension after the other: (k_h - 1) + (k_w - 1) sums of maps."""
         maps = pad(maps, self.padding)
         for dim, (k, s, d) in enumerate(zip(self.kernel_size, self.stride, self.dilation, strict=True), 2):
+            # Rows are left out before the sum, pixels of a row after it: sums of every other pixel are no faster.
+            first, then = (1, s) if dim == maps.dim() - 1 else (s, 1)
             reach = maps.shape[dim] - d * (k - 1)
-            total = maps.narrow(dim, 0, reach)
+            total = _every(maps, dim, 0, reach, first)
             for i in range(1, k):
-                total = total + maps.narrow(dim, i * d, reach)
-            maps = total if s == 1 else _every(total, dim, 0, total.shape[dim], s)
+                total = total + _every(maps, dim, i * d, reach, first)
+            maps = _every(total, dim, 0, total.shape[dim], then)
         return maps / self.places
 
     def mean_backward(self, grad: Tensor, size: Sequence[int]) -> Tensor:
@@ -128,4 +130,6 @@ class Box(NamedTuple):
 
 
 def _every(maps: Tensor, dim: int, start: int, length: int, step: int) -> Tensor:
+    if step == 1:
+        return maps.narrow(dim, start, length)
     return maps[(slice(None),) * dim + (slice(start, start + length, step),)]

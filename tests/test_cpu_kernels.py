@@ -240,12 +240,13 @@ def test_two_full_size_tensors_are_kept_and_maps(p):
     assert len(maps) <= (8 if p else 2) and len(kept) <= len(maps) + 5  # weight, bias and the sums of the filters
 
 
+@pytest.mark.parametrize("size", [(11, 8), (5, 7), (150, 6)], ids=["two products", "one product", "sums"])
 @pytest.mark.parametrize(
     "k, stride, dilation, padding", [(3, 1, 1, (1, 1)), (2, 2, 1, (1, 0)), (3, 2, 2, (0, 3)), (1, 1, 1, (0, 0))]
 )
-def test_box_is_a_mean_and_its_transpose(k, stride, dilation, padding):
+def test_box_is_a_mean_and_its_transpose(k, stride, dilation, padding, size):
     box = Box((k, k), (stride, stride), (padding, padding[::-1]), (dilation, dilation))
-    maps = torch.randn(2, 3, 11, 8, dtype=torch.float64)
+    maps = torch.randn(2, 3, *size, dtype=torch.float64)
     ones = torch.full((1, 1, k, k), 1 / math.prod(box.kernel_size), dtype=torch.float64)
     mean = torch.conv2d(pad(maps, box.padding).flatten(0, 1)[:, None], ones, None, stride, 0, dilation)
     ours = box.mean(maps)
@@ -253,8 +254,11 @@ def test_box_is_a_mean_and_its_transpose(k, stride, dilation, padding):
     cotangent = torch.randn_like(ours)
     back = box.mean_backward(cotangent, maps.shape[2:])
     assert torch.isclose((ours * cotangent).sum(), (back * maps).sum()) and back.shape == maps.shape
-    narrow = cpu_box.box_mean(box, maps.float()), cpu_box.box_mean_backward(box, cotangent.float(), maps.shape[2:])
-    torch.testing.assert_close(narrow, (ours.float(), back.float()))
+    for summed in (1, 5):  # channels that the maps are sums over
+        narrow = cpu_box.box_mean(box, summed * maps.float(), summed)
+        torch.testing.assert_close(narrow, ours.float())
+        narrow = cpu_box.box_mean_backward(box, summed * cotangent.float(), maps.shape[2:], summed)
+        torch.testing.assert_close(narrow, back.float())
 
 
 def test_a_window_that_is_not_flat_in_a_kernel_of_large_mean():

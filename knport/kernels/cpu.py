@@ -18,6 +18,8 @@ from knport.geometry import Pairs
 # Tensors of more bytes are gone through in parts. A temporary as large as a feature map is memory that the system maps
 # and clears anew in every step, which takes longer than the arithmetic; parts of this size come from the heap.
 PART = 2**21
+# Sums over so few channels take a third of the time in a copy whose channels lie apart.
+FEW_CHANNELS = 8
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -34,45 +36,48 @@ def takes(*tensors: Tensor | None) -> bool:
     )
 
 
-def raw_moments(x: Tensor, order: int) -> Tensor:
-    """E[x], E[x^2] and, for order 4, E[x^3] and E[x^4] over the channels of every pixel.
+def channel_sums(x: Tensor, order: int) -> Tensor:
+    """The sums of x, x^2 and, for order 4, x^3 and x^4 over the channels of every pixel.
 
     Args:
         x: (N, C, H, W).
         order: 2 or 4.
 
     Returns:
-        (N, order, H, W) in float32.
+        (order, N, 1, H, W) in float32.
     """
-    maps = x.new_empty(len(x), order, *x.shape[2:])
-    torch.mean(x, 1, keepdim=True, out=maps[:, :1])
+    if x.shape[1] <= FEW_CHANNELS:
+        x = x.contiguous()
+    sums = x.new_empty(order, len(x), 1, *x.shape[2:])
+    torch.sum(x, 1, keepdim=True, out=sums[0])
     rows = as_rows(x) is not None  # in any other order vector_norm is slow
     if rows:
-        torch.linalg.vector_norm(x, dim=1, keepdim=True, out=maps[:, 1:2])
-    for part, scratch, moments in _parts(x, maps[:, 1:]) if order == 4 or not rows else ():
+        torch.linalg.vector_norm(x, dim=1, keepdim=True, out=sums[1])
+    for part, scratch, *powers in _parts(x, *sums[1:]) if order == 4 or not rows else ():
         square = torch.mul(part, part, out=scratch)
         if rows:
-            torch.linalg.vector_norm(square, dim=1, keepdim=True, out=moments[:, 2:])
+            torch.linalg.vector_norm(square, dim=1, keepdim=True, out=powers[2])
         else:
-            torch.mean(square, 1, keepdim=True, out=moments[:, :1])
+            torch.sum(square, 1, keepdim=True, out=powers[0])
             if order == 4:
-                torch.mean(square * square, 1, keepdim=True, out=moments[:, 2:])
+                torch.sum(square * square, 1, keepdim=True, out=powers[2])
         if order == 4:
-            torch.mean(square.mul_(part), 1, keepdim=True, out=moments[:, 1:2])
+            torch.sum(square.mul_(part), 1, keepdim=True, out=powers[1])
     if rows:
-        maps[:, 1::2].square_().div_(x.shape[1])
-    return maps
+        sums[1::2].square_()
+    return sums
 
 
-def careful_moments(x: Tensor, order: int) -> Tensor:
-    """As `raw_moments`, in float64, the variance taken about the mean: E[u^2] - mu^2 then keeps what cancels."""
-    maps = raw_moments(x, order).double()
-    mean, square, *_ = maps.split(1, 1)
+def careful_means(x: Tensor, order: int) -> Tensor:
+    """As `channel_sums`, but means, in float64, and the variance taken about the mean: E[u^2] - mu^2 then keeps what
+    cancels."""
+    means = channel_sums(x, order).double().div_(x.shape[1])
+    mean, square, *_ = means
     for part, scratch, center, var in _parts(x, mean.float(), square):
         deviation = torch.sub(part, center, out=scratch)
         var.copy_(deviation.mul_(deviation).mean(1, keepdim=True))
     square.addcmul_(mean, mean)
-    return maps
+    return means
 
 
 def _parts(x: Tensor, *others: Tensor):
@@ -105,7 +110,8 @@ def scale_and_shift(
     if not (at.rows or convolved.is_contiguous()):
         convolved = convolved.contiguous()
     result = convolved if inplace else torch.empty_like(convolved)  # no view, which could not be edited in place
-    y, out = at.all(convolved), at.all(result)
+    y = at.all(convolved)
+    out = y if inplace else at.all(result)
     for map_, vector in zip(offset.split(1, 1), vectors, strict=True) if offset is not None else ():
         y = torch.addcmul(y, at.map(map_), at.vector(vector), value=-1, out=out)
     if bias is None:
@@ -188,21 +194,27 @@ def zero_padded(x: Tensor, pairs: Pairs) -> Tensor:
     return padded
 
 
-def add_input_gradient(grad: Tensor, x: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
-    """grad + constant + slope x, in the memory of grad where that is dense.
+def add_input_gradient(grad: Tensor, x: Tensor, constant: Tensor, slope: Tensor, times: float) -> Tensor:
+    """grad + constant + times slope x, in the memory of grad where that is dense.
 
     grad and x are (N, C, H, W), constant and slope (N, 1, H, W).
     """
     if grad.stride() != x.stride():
-        return (x * slope).add_(constant).add_(grad)
+        return (x * slope).mul_(times).add_(constant).add_(grad)
     at = _Flat.of(x)
     if not at.rows and not x.is_contiguous():
-        return grad.add_(x * slope).add_(constant)
-    at.all(grad).addcmul_(at.all(x), at.map(slope))
-    return grad.add_(constant)
+        return grad.add_((x * slope).mul_(times)).add_(constant)
+    flat = at.all(grad)
+    flat.addcmul_(at.all(x), at.map(slope), value=times)
+    flat.add_(at.map(constant))
+    return grad
 
 
 def as_rows(y: Tensor) -> Tensor | None:
     """(N, C, O, P) in channels-last order as a matrix (N O P, C) over the same memory; None for any other order."""
+    if y.dim() == 4:  # in one call each
+        if not y.is_contiguous(memory_format=torch.channels_last):
+            return None
+        return y.as_strided((y.numel() // y.shape[1], y.shape[1]), (y.shape[1], 1))
     rows = y.movedim(1, -1)
     return rows.view(-1, y.shape[1]) if rows.is_contiguous() else None

@@ -43,14 +43,19 @@ def kn_conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Units, formula:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _KNConv.apply(x, weight, bias, how, formula)
     of_units, sums, convolved = _forward(x, weight, how)
-    return cpu.scale_and_shift(convolved, of_units.rstd, of_units.offset, sums, bias, inplace=True)
+    return _scale_and_shift(convolved, of_units, sums, bias, inplace=True)
 
 
-def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor | None, Tensor]:
-    """The statistics, the sums of the filters (1, C_out) where these are needed, and the convolution."""
+def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor, Tensor]:
+    """The statistics, the sums of the filters (C_out, 1, 1, 1), and the convolution."""
     of_units = statistics(x, how, weight.numel() if how.groups == 1 else None)
-    sums = None if of_units.offset is None else weight.sum(_filter(weight))[None]
-    return of_units, sums, _convolve(x, _centred(weight) if of_units.centred else weight, how)
+    sums = _sums(weight)
+    return of_units, sums, _convolve(x, _centred(weight, sums) if of_units.centred else weight, how)
+
+
+def _scale_and_shift(convolved: Tensor, of_units: Statistics, sums: Tensor, bias: Tensor | None, **options) -> Tensor:
+    vectors = None if of_units.offset is None else sums.view(1, -1)
+    return cpu.scale_and_shift(convolved, of_units.rstd, of_units.offset, vectors, bias, **options)
 
 
 class _KNConv(Function):
@@ -59,7 +64,7 @@ class _KNConv(Function):
         of_units, sums, convolved = _forward(x, weight, how)
         ctx.how, ctx.formula = how, formula
         keep(ctx, of_units, x, weight, bias, convolved, sums)
-        return cpu.scale_and_shift(convolved, of_units.rstd, of_units.offset, sums, bias)
+        return _scale_and_shift(convolved, of_units, sums, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -68,32 +73,33 @@ class _KNConv(Function):
         if torch.is_grad_enabled():
             y = ctx.formula(x, weight, bias, how, drawn=draw_of(of_units))
             return *differentiable(y, (x, weight, bias), grad, wanted), None, None
-        grads = cpu.scale_and_shift_backward(grad, convolved, of_units.rstd, of_units.offset, sums, bias is not None)
-        grad_convolved, grad_rstd, grad_offset, grad_sums, grad_bias = grads
-        filters = _centred(weight) if of_units.centred else weight
+        vectors = None if of_units.offset is None else sums.view(1, -1)
+        grads = cpu.scale_and_shift_backward(grad, convolved, of_units.rstd, of_units.offset, vectors, bias is not None)
+        grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = grads
+        filters = _centred(weight, sums) if of_units.centred else weight
         grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)
         if wanted[1]:
-            grad_weight = _add_to_filters(grad_weight, grad_sums, of_units.centred)
+            grad_weight = _of_filters(grad_weight, grad_vectors, of_units.centred)
         if wanted[0]:
-            constant, slope = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
-            grad_x = cpu.add_input_gradient(grad_x, x, constant, slope)
+            constant, slope, times = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
+            grad_x = cpu.add_input_gradient(grad_x, x, constant, slope, times)
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _filter(weight: Tensor) -> tuple[int, ...]:
-    return tuple(range(1, weight.dim()))
+def _sums(weight: Tensor) -> Tensor:
+    """Of every filter, (C_out, 1, 1, 1)."""
+    return weight.sum(tuple(range(1, weight.dim())), keepdim=True)
 
 
-def _centred(weight: Tensor) -> Tensor:
-    return weight - weight.mean(_filter(weight), keepdim=True)
+def _centred(weight: Tensor, sums: Tensor) -> Tensor:
+    return torch.sub(weight, sums, alpha=len(sums) / weight.numel())
 
 
-def _add_to_filters(grad: Tensor, grad_sums: Tensor | None, centred: bool) -> Tensor:
+def _of_filters(grad: Tensor, grad_sums: Tensor | None, centred: bool) -> Tensor:
     """The gradient of the filters as given, from that of the filters used and that of their sums, (1, C_out)."""
-    if grad_sums is None:
-        return _centred(grad)  # without an offset the filters are centred
-    change = grad_sums.view(-1, *(1,) * (grad.dim() - 1))
-    return grad.add_(change - grad.mean(_filter(grad), keepdim=True) if centred else change)
+    if centred:
+        grad = _centred(grad, _sums(grad))
+    return grad if grad_sums is None else grad.add_(grad_sums.view(-1, *(1,) * (grad.dim() - 1)))
 
 
 def _convolve(x: Tensor, weight: Tensor, how: Units) -> Tensor:

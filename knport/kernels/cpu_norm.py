@@ -52,8 +52,8 @@ class _KernelNorm(Function):
         grad_rstd = _gathered(deviation.mul_(grad).sum(1, keepdim=True), how)
         grad_tiles = torch.mul(grad, _spread(of_units.rstd, how), out=deviation)
         grad_mean = _gathered(grad_tiles.sum(1, keepdim=True), how).neg_()
-        constant, slope = statistics_backward(x, of_units, grad_rstd, grad_mean, how)
-        return cpu.add_input_gradient(_untiled(grad_tiles, x, how), x, constant, slope), None, None
+        constant, slope, times = statistics_backward(x, of_units, grad_rstd, grad_mean, how)
+        return cpu.add_input_gradient(_untiled(grad_tiles, x, how), x, constant, slope, times), None, None
 
 
 def _tiles(x: Tensor, how: Units) -> Tensor:

@@ -11,6 +11,7 @@ Legend: N images, C channels, H x W the input's map, O x P the units, n = C k_h 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from knport.geometry import Box
 from knport.kernels import cpu
 from knport.kernels.cpu_box import box_mean, box_mean_backward
-from knport.kernels.eager import Draw, draw, reciprocal_sd
+from knport.kernels.eager import Draw, reciprocal_sd
 
 
 class Units(NamedTuple):
@@ -65,8 +66,8 @@ class Drawn(NamedTuple):
     """mu' - mu"""
     ratio: Tensor
     """Twice the derivative of `moved` by m_2."""
-    bounded: Tensor
-    """Whether var' is (mu' - mu)^2."""
+    bounded: Tensor | None
+    """Whether var' is (mu' - mu)^2; None where that is nowhere so."""
 
 
 def keep(ctx, of_units: Statistics, *tensors: Tensor | None) -> None:
@@ -96,75 +97,101 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     n_weights: of the filters, for a convolution of one group. Centring them costs passes over them, subtracting mu
     times their sums one over the output: whichever is less, where the mean is small enough for both.
     """
-    p, n = how.dropout, x.shape[1] * how.window.places
+    p, channels = how.dropout, x.shape[1]
     drawing = p > 0 and how.dropout_form == "moments"
     order = 4 if drawing else 2
-    maps = cpu.raw_moments(x, order)
-    mean, second, *higher = box_mean(how.window, maps).split(1, 1)
+    maps = cpu.channel_sums(x, order)
+    mean, second, *higher = box_mean(how.window, maps, channels).unbind()
     var = torch.addcmul(second, mean, mean, value=-1)
     excess = torch.sub(second, var, alpha=TAME).max().item()
+    divisor = channels
     if excess > 0:
-        maps = cpu.careful_moments(x, order)
-        mean, second, *higher = box_mean(how.window, maps).split(1, 1)
+        maps, divisor = cpu.careful_means(x, order), 1
+        mean, second, *higher = box_mean(how.window, maps, divisor).unbind()
         var = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0)
-    own_mean = mean if how.kernel == how.window else box_mean(how.kernel, maps[:, :1])
+    own_mean = mean if how.kernel == how.window else box_mean(how.kernel, maps[0], divisor)
     few = n_weights is not None and n_weights < x.numel() and not drawing
     centred = n_weights is not None and (few or excess > 0)
+    plain = excess < -PLAIN and own_mean is mean  # what is flat is told by the kernel's own mean
     if drawing:
-        return _dropped(mean, own_mean, second, draw(second, *higher, p, n), centred, how)
-    scale = (1 - p / n) / (1 - p)
+        return _dropped(mean, own_mean, second, higher, channels * how.window.places, plain, centred, how)
+    scale = (1 - p / (channels * how.window.places)) / (1 - p)
     if p:
         var = var.mul_(scale).addcmul_(mean, mean, value=scale - 1)  # scale m_2 - mu^2
-    plain = excess < -PLAIN and own_mean is mean  # what is flat is told by the kernel's own mean
-    rstd = var.add_(how.eps).rsqrt_() if plain else reciprocal_sd(own_mean.float(), var.float().clamp_min_(0), how.eps)
-    kept_mean = mean.to(torch.float32, copy=True)  # `mean` is a view of all moments, which would be kept with it
-    offset = kept_mean if not centred else None if own_mean is mean else (mean - own_mean).float()
-    return Statistics(kept_mean, rstd, offset, centred, scale, None)
+    if plain:  # m_2 is of no more use, and shares its memory with the mean, which is kept
+        rstd = torch.rsqrt(var.add_(how.eps), out=second)
+    else:
+        rstd = reciprocal_sd(own_mean.float(), var.float().clamp_min_(0), how.eps)
+    offset = mean if not centred else None if own_mean is mean else mean - own_mean
+    mean, rstd, offset = (m if m is None else m.float() for m in (mean, rstd, offset))
+    return Statistics(mean, rstd, offset, centred, scale, None)
 
 
-def _dropped(mean: Tensor, own_mean: Tensor, second: Tensor, drawn: Draw, centred: bool, how: Units) -> Statistics:
-    shift, scale = drawn
-    moved = second.sqrt() * shift
+def _dropped(
+    mean: Tensor, own_mean: Tensor, second: Tensor, higher: list[Tensor], n: int, plain: bool, centred: bool, how: Units
+) -> Statistics:
+    """What `eager.draw` and `eager.drawn_statistics` say, in few calls, from the same random numbers.
+
+    higher: m_3 and m_4, which are overwritten. plain: that no unit is flat.
+    """
+    keep = 1 - how.dropout
+    noise = torch.empty(2, *second.shape).normal_(std=math.sqrt(how.dropout / (keep * n)))
+    shift, other = noise.to(second.dtype).unbind()
+    third, fourth = higher
+    some = second.clamp_min(torch.finfo(second.dtype).tiny)
+    moved = second.sqrt().mul_(shift)
+    slope = third / some  # of m_2' against mu'
+    rest = fourth.addcmul_(slope, third, value=-1).clamp_min_(0).sqrt_()
+    drawn_second = slope.mul_(moved).addcmul_(rest, other).add_(second).mul_(1 / keep)  # m_2'
+    scale, ratio = drawn_second / some, moved / some
     dropped = mean + moved
-    var = (scale * second).addcmul_(dropped, dropped, value=-1)
-    floor = moved * moved
+    var, floor = drawn_second.addcmul_(dropped, dropped, value=-1), moved.square()
     bounded = var <= floor
-    rstd = reciprocal_sd(own_mean.float(), torch.maximum(var, floor).float(), how.eps)
-    ratio = moved / second.clamp_min(torch.finfo(second.dtype).tiny)
+    if bounded.any().item():
+        var = torch.maximum(var, floor)
+    else:
+        bounded = None
+    rstd = var.add_(how.eps).rsqrt_() if plain else reciprocal_sd(own_mean.float(), var.float(), how.eps)
     offset = dropped if not centred else moved if own_mean is mean else dropped - own_mean
-    maps = dropped, rstd, offset, scale, shift, moved, ratio
-    dropped, rstd, offset, scale, *rest = (m.float() for m in maps)
-    return Statistics(dropped, rstd, offset, centred, scale, Drawn(*rest, bounded))
+    dropped, rstd, offset, scale, shift, moved, ratio = (
+        m.float() for m in (dropped, rstd, offset, scale, shift, moved, ratio)
+    )
+    return Statistics(dropped, rstd, offset, centred, scale, Drawn(shift, moved, ratio, bounded))
 
 
 def statistics_backward(
     x: Tensor, of_units: Statistics, grad_rstd: Tensor, grad_offset: Tensor | None, how: Units
-) -> tuple[Tensor, Tensor]:
-    """dL/dx by way of the statistics is constant + slope x; both (N, 1, H, W). Overwrites grad_rstd.
+) -> tuple[Tensor, Tensor, float]:
+    """dL/dx by way of the statistics is constant + times slope x.
 
     On the way, with d = dL/dvar' where var' is not bounded, and of constant and slope the share of every pixel of a
     unit, without 1 / n: dL/dmu' - 2 mu' d, and 2 dL/dm_2.
+
+    Returns:
+        constant and slope, (N, 1, H, W) each, and times.
     """
     mean, rstd, _, centred, scale, drawn = of_units
-    minus_twice = grad_rstd.mul_(rstd).mul_(rstd).mul_(rstd)  # -2 dL/dvar', bounded or not
-    free = minus_twice.masked_fill(drawn.bounded, 0) if drawn else minus_twice
-    maps = mean.new_empty(len(mean), 2, *mean.shape[2:])
-    constant, slope = maps.split(1, 1)
+    maps = mean.new_empty(2, *mean.shape)
+    constant, slope = maps.unbind()
+    minus_twice = torch.mul(grad_rstd, rstd.pow(3), out=slope)  # -2 dL/dvar', bounded or not
+    free = minus_twice.masked_fill(drawn.bounded, 0) if drawn and drawn.bounded is not None else minus_twice
     torch.mul(mean, free, out=constant)
-    if grad_offset is not None:
+    kernel_too = grad_offset is not None and centred and how.kernel != how.window
+    if grad_offset is not None and (not centred or kernel_too):
         constant.add_(grad_offset)
-    torch.mul(free, scale, out=slope).neg_()
+    times = -1.0
     if drawn:
-        grad_moved = torch.addcmul(constant, drawn.moved, minus_twice.sub_(free), value=-1)
-        slope.addcmul_(grad_moved, drawn.ratio)
-    size = x.shape[2:]
-    centred = centred and grad_offset is not None
-    if centred and how.kernel == how.window:
-        constant.sub_(grad_offset)
-    constant, slope = box_mean_backward(how.window, maps.div_(x.shape[1]), size).split(1, 1)
-    if centred and how.kernel != how.window:
-        constant = constant - box_mean_backward(how.kernel, grad_offset / x.shape[1], size)
-    return constant, slope
+        grad_moved = constant if not centred or kernel_too else constant + grad_offset
+        if free is not minus_twice:
+            grad_moved = torch.addcmul(grad_moved, drawn.moved, minus_twice - free, value=-1)
+        torch.mul(free, scale, out=slope).addcmul_(grad_moved, drawn.ratio, value=-1)
+    else:
+        times = -scale
+    size, channels = x.shape[2:], x.shape[1]
+    constant, slope = box_mean_backward(how.window, maps, size, channels).unbind()
+    if kernel_too:
+        constant = constant - box_mean_backward(how.kernel, grad_offset, size, channels)
+    return constant, slope, times
 
 
 def differentiable(y: Tensor, tensors, grad: Tensor, wanted) -> list[Tensor | None]:
