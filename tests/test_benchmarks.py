@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import architectures
-from experiments.benchmarks import bars, layers, plot, timing
+from experiments.benchmarks import bars, layers, measure, plot, profile, timing
 from experiments.benchmarks import competitors as names
 from experiments.benchmarks.__main__ import main
 from experiments.benchmarks.competitors import CONV, MOMENTS, PrimitiveBatchNorm2d, UnfoldKNConv, competitor
@@ -419,3 +419,44 @@ def test_help(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {command}" in shown for command in ("run", "plot", "bars"))
+
+
+# ---- where a step goes
+
+
+def test_parts_of_a_step_add_up_and_leave_nothing_behind():
+    before = {(m, name): getattr(m, name) for pairs in profile.KN_PARTS.values() for m, name in pairs}
+    x = torch.randn(2, 8, 16, 16)
+    pair = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+    variants = {"ours": KNConv2d(8, 8, 3, padding=1), "theirs": pair}
+    found = profile.measure({name: profile._layer_step(layer, x) for name, layer in variants.items()}, 0.2)
+    assert set(found["ours"]) == {"step", "rest", *profile.KN_PARTS}
+    assert set(found["theirs"]) == {"step", "rest", *profile.TORCH_PARTS}
+    assert all(found["ours"][part] > 0 for part in ("step", *profile.KN_PARTS))
+    assert all(found["theirs"][part] > 0 for part in ("step", *profile.TORCH_PARTS))
+    assert sum(found["ours"][part] for part in profile.KN_PARTS) < found["ours"]["step"]
+    assert all(getattr(m, name) is function for (m, name), function in before.items())
+
+
+def test_a_part_that_calls_another_does_not_count_it(monkeypatch):
+    """`statistics` takes the channel sums, which are a pass and no map."""
+    slow, now = profile.cpu.channel_sums, [0.0]
+
+    def sums(*args):
+        now[0] += 5.0
+        return slow(*args)
+
+    monkeypatch.setattr(profile.cpu, "channel_sums", sums)
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: now[0])
+    layer = KNConv2d(8, 8, 3, dropout=0.0)
+    with profile._clock() as spent:
+        layer(torch.randn(1, 8, 8, 8))
+    assert spent["passes"] == 5.0 and spent["maps"] == 0.0
+
+
+def test_the_engine_says_whose_random_numbers(monkeypatch):
+    variant = Variant(name="x", build=nn.Identity, engine="compiled")
+    assert measure._engine(variant) == "compiled"
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
+    assert measure._engine(variant) == measure.COMPILED_TORCH_RANDOM
+    assert measure._engine(dataclasses.replace(variant, engine="eager")) == "eager"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from experiments.benchmarks import competitors as names
 from experiments.benchmarks import growth, networks
+from experiments.benchmarks.measure import COMPILED_TORCH_RANDOM
 from experiments.benchmarks.memory import MIB
 from experiments.benchmarks.rows import OUT, Row, latest, read
 from experiments.markers import rewrite
@@ -131,8 +132,9 @@ def _saved(rows: Rows) -> Result | None:
     return Result(figure, max(maps) <= MOST_MAPS and max(largest) <= K_SQUARED)
 
 
-def _network(family: str, variant: str):
-    return lambda rows: _largest_batch(rows.where(benchmark="networks", variant=variant, mode="training"), family)
+def _network(family: str, variant: str, engine: str = "eager"):
+    columns = {"benchmark": "networks", "variant": variant, "mode": "training", "engine": engine}
+    return lambda rows: _largest_batch(rows.where(**columns), family)
 
 
 def _largest_batch(rows: list[Row], family: str) -> list[Row]:
@@ -189,8 +191,8 @@ def _gpu_peak(rows: Rows) -> Result | None:
     return Result(f"{max(quotients):.2f} at worst", max(quotients) <= 1) if quotients else None
 
 
-def _compiled_layers(variant: str, mode: str = "training"):
-    return lambda rows: rows.layers(variant, mode, engine="compiled")
+def _compiled_layers(variant: str, mode: str = "training", engine: str = "compiled"):
+    return lambda rows: rows.layers(variant, mode, engine=engine)
 
 
 BN = "Conv2d+BatchNorm2d"
@@ -214,6 +216,11 @@ CPU_BARS = (
         "both compiled, dropout 0.05",
         "<= 1.10 median, none over 1.20",
         _ratios(_compiled_layers(names.MOMENTS), 1.10, 1.20),
+    ),
+    Bar(
+        "the same, drawn by PyTorch's generator (fallback_random)",
+        "<= 1.10 median, none over 1.20",
+        _ratios(_compiled_layers(names.MOMENTS, engine=COMPILED_TORCH_RANDOM), 1.10, 1.20),
     ),
     Bar(
         "both compiled, inference",
@@ -250,7 +257,18 @@ CPU_BARS = (
         "<= 1.10",
         _ratios(_network("resnet18-224", networks.CONVERTED), 1.10),
     ),
-    Bar("the same, 64 x 64", "<= 1.10", _ratios(_network("resnet18", networks.CONVERTED), 1.10)),
+    Bar("the same, dropout 0", "<= 1.10", _ratios(_network("resnet18-224", networks.CONVERTED_PLAIN), 1.10)),
+    Bar(
+        "the same, both compiled",
+        "<= 1.10",
+        _ratios(_network("resnet18-224", networks.CONVERTED, "compiled"), 1.10),
+    ),
+    Bar(
+        "the same, both compiled, dropout 0",
+        "<= 1.10",
+        _ratios(_network("resnet18-224", networks.CONVERTED_PLAIN, "compiled"), 1.10),
+    ),
+    Bar("the same, eager, 64 x 64", "<= 1.10", _ratios(_network("resnet18", networks.CONVERTED), 1.10)),
     Bar("statistics of k = 3 to 7 / k = 2, at most", "<= 1.15", _flat),
     Bar("KNResNet-18 compiled / eager training step", "0 breaks, <= 1.0", _compiled),
 )

@@ -21,6 +21,7 @@ from knport import KNConfig, convert
 CLASSES, SMALL, LARGE, NATIVE = 100, (3, 32, 32), (3, 64, 64), (3, 224, 224)
 KNRESNET, KNRESNET_PLAIN, TWIN, RESNET = "KNResNet-18", "KNResNet-18 p=0", "its BatchNorm twin", "ResNet-18 BatchNorm"
 ORIGINAL, CONVERTED, ENLARGED = "original", "convert enlarge=none", "convert enlarge=2x2"
+CONVERTED_PLAIN = "convert enlarge=none p=0"
 LONG = ("knresnet18", "resnet18-224")  # families whose training steps are timed for longer
 Build = Callable[[], nn.Module]
 
@@ -90,6 +91,7 @@ def _converted(original: Build) -> dict[str, Build]:
     return {
         ORIGINAL: original,
         CONVERTED: lambda: convert(original(), KNConfig(enlarge="none")),
+        CONVERTED_PLAIN: lambda: convert(original(), KNConfig(enlarge="none", dropout=0.0)),
         ENLARGED: lambda: convert(original()),
     }
 

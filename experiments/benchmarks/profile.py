@@ -1,117 +1,206 @@
-"""`python -m experiments.benchmarks profile`: where a layer's step goes, operator by operator.
+"""`python -m experiments.benchmarks profile`: where a training step goes, of layers and of whole networks.
 
-An operator counts as the convolution, as a pass over a full-size tensor, or as one on maps of a single channel; what is
-left of the step is Python, autograd and the dispatch of operators.
+    convolution     the convolutions themselves, forward and backward
+    batchnorm       BatchNorm, forward and backward
+    passes          of KNConv over feature maps: sums over channels, scale and shift, the input's gradient
+    filters         of KNConv over its filters: their sums, centring, the sums' gradient
+    maps            of KNConv over one-channel maps: the statistics of the units, dropout's draws
+    rest            everything else: other layers, autograd, Python
+
+KNConv's parts are timed around the functions of `knport.kernels` that do them, in the steps whose median is `step`, all
+variants in turn. PyTorch has no such functions around its own: the profiler gives their shares, in steps of their own.
 """
 
 from __future__ import annotations
 
 import csv
 import datetime
-import math
+import functools
 import statistics
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
+from torchvision.models import resnet18
 
 import knport
+from experiments.benchmarks.competitors import BATCH, MOMENTS, PLAIN
 from experiments.benchmarks.layers import SHAPES
+from experiments.benchmarks.networks import CLASSES, CONVERTED, CONVERTED_PLAIN, ORIGINAL
+from experiments.benchmarks.run import settle_heap
+from experiments.benchmarks.timing import interleaved
+from experiments.run_folder import environment
+from knport import KNConfig
+from knport.kernels import cpu, cpu_conv
 
 RESULTS = Path("experiments/results/benchmarks/profile.csv")
-KINDS = ("convolution", "full-size", "maps")
-FIELDS = ("date", "torch", "threads", "case", "layer", "step_ms", *(f"{k}_ms" for k in KINDS), "rest_ms",
-          "full-size_calls", "maps_calls")  # fmt: skip
+KN_PARTS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
+    "convolution": ((cpu_conv, "_convolve"), (cpu_conv, "_convolve_backward")),
+    "passes": tuple(
+        (cpu, name) for name in ("channel_sums", "scale_and_shift", "scale_and_shift_backward", "add_input_gradient")
+    ),
+    "filters": ((cpu_conv, "_sums"), (cpu_conv, "_centred"), (cpu_conv, "_of_filters")),
+    "maps": ((cpu_conv, "statistics"), (cpu_conv, "statistics_backward")),
+}
+TORCH_PARTS = {"convolution": ("convolution",), "batchnorm": ("native_batch_norm",)}
+PARTS = ("convolution", "batchnorm", "passes", "filters", "maps")
+FIELDS = ("date", "commit", "torch", "threads", "case", "variant", "step_ms", *(f"{p}_ms" for p in PARTS), "rest_ms")
+Step = Callable[[], None]
 
 
-class Parts(NamedTuple):
-    """Milliseconds of one step by kind of operator, and operators by kind."""
-
-    milliseconds: dict[str, float]
-    calls: dict[str, float]
-
-
-def profile(*, threads: int = 2, steps: int = 30, out: Path = RESULTS) -> None:
-    """Print where the training step of each layer goes, and append it to the CSV.
+def profile(*, threads: int = 2, seconds: float = 12.0, out: Path = RESULTS) -> None:
+    """Print where the training step of each layer and network goes, and append it to the CSV.
 
     Args:
         threads: of torch.
-        steps: of which the median is taken.
+        seconds: for the steps of one case.
         out: the CSV.
     """
     torch.set_num_threads(threads)
+    settle_heap()
+    here = environment(torch.device("cpu"), 1)
+    about = {"date": f"{datetime.date.today()}"} | {name: here[name] for name in ("commit", "torch", "threads")}
+    for case, variants in [*_layers(), *_networks()]:
+        for variant, parts in measure(variants, seconds).items():
+            figures = {f"{part}_ms": f"{1e3 * parts[part]:.2f}" for part in ("step", *PARTS, "rest") if part in parts}
+            row = {"case": case, "variant": variant} | figures
+            _append(out, about | row)
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
+def measure(variants: dict[str, tuple[Step, bool]], seconds: float) -> dict[str, dict[str, float]]:
+    """Seconds of a step and of its parts, by variant; a variant is its step and whether KNConvs are in it."""
+    own: dict[str, list[Counter]] = {name: [] for name in variants}
+
+    def timed(name: str, step: Step) -> None:
+        with _clock() as parts:
+            step()
+        own[name].append(parts)
+
+    steps = {name: functools.partial(timed, name, step) for name, (step, _) in variants.items()}
+    for step in steps.values():
+        step()
+        step()
+    for parts in own.values():
+        parts.clear()
+    times = interleaved(steps, seconds=seconds, least=5)
+    found = {}
+    for name, (step, ours) in variants.items():
+        total = statistics.median(times[name].values())
+        if ours:
+            parts = {part: statistics.median(counted[part] for counted in own[name]) for part in KN_PARTS}
+        else:
+            parts = _profiled(step)
+        found[name] = {"step": total, **parts, "rest": total - sum(parts.values())}
+    return found
+
+
+@contextmanager
+def _clock() -> Iterator[Counter]:
+    """Seconds by part of `KN_PARTS` while this is open; what a function calls of another part counts there only."""
+    spent: Counter = Counter()
+    inner = [0.0]  # seconds in timed functions that were called by the innermost one that is open
+    undo = []
+
+    def timed(part: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            inner.append(0.0)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            elapsed = time.perf_counter() - start
+            spent[part] += elapsed - inner.pop()
+            inner[-1] += elapsed
+            return result
+
+        return call
+
+    for part, functions in KN_PARTS.items():
+        for module, name in functions:
+            undo.append((module, name, getattr(module, name)))
+            setattr(module, name, timed(part, getattr(module, name)))
+    try:
+        yield spent
+    finally:
+        for module, name, function in undo:
+            setattr(module, name, function)
+
+
+def _profiled(step: Step, steps: int = 10) -> dict[str, float]:
+    """Seconds of one step by part of `TORCH_PARTS`."""
+    with profiler(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(steps):
+            step()
+    parts = dict.fromkeys(TORCH_PARTS, 0.0)
+    for event in recorded.events():
+        for part, names in TORCH_PARTS.items():
+            if event.name.startswith("aten::") and any(name in event.name for name in names):
+                parts[part] += event.self_cpu_time_total / 1e6 / steps
+    return parts
+
+
+def _layers() -> Iterator[tuple[str, dict[str, tuple[Step, bool]]]]:
     for n, channels, side, k in SHAPES:
-        x = torch.randn(n, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
-        for name, layer in _layers(channels, k).items():
-            row = _row(x, layer, steps)
-            case = {"case": f"N{n} C{channels} {side}x{side} k{k}", "layer": name}
-            about = {"date": f"{datetime.date.today()}", "torch": torch.__version__.split("+")[0], "threads": threads}
-            _append(out, about | case | row)
-            print("  ".join(f"{key} {value}" for key, value in (case | row).items()), flush=True)
+        geometry = {"kernel_size": k, "padding": k // 2}
+        norm = nn.Sequential(nn.Conv2d(channels, channels, bias=False, **geometry), nn.BatchNorm2d(channels))
+        layers = {
+            BATCH: norm,
+            PLAIN: knport.KNConv2d(channels, channels, dropout=0.0, **geometry),
+            MOMENTS: knport.KNConv2d(channels, channels, **geometry),
+        }
+        x = torch.randn(n, channels, side, side)
+        yield f"N{n} C{channels} {side}x{side} k{k}", {name: _layer_step(m, x) for name, m in layers.items()}
 
 
-def _layers(channels: int, k: int) -> dict[str, nn.Module]:
-    geometry = {"kernel_size": k, "padding": k // 2}
-    layers = {
-        "Conv2d+BatchNorm2d": nn.Sequential(
-            nn.Conv2d(channels, channels, bias=False, **geometry), nn.BatchNorm2d(channels)
-        ),
-        "KNConv2d p=0": knport.KNConv2d(channels, channels, dropout=0.0, **geometry),
-        "KNConv2d moments": knport.KNConv2d(channels, channels, **geometry),
-    }
-    return {name: layer.to(memory_format=torch.channels_last) for name, layer in layers.items()}
-
-
-def _row(x: torch.Tensor, layer: nn.Module, steps: int) -> dict[str, str]:
+def _layer_step(layer: nn.Module, x: torch.Tensor) -> tuple[Step, bool]:
+    layer = layer.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
     cotangent = torch.randn_like(layer(x))
 
     def step() -> None:
         layer(x).backward(cotangent)
         x.grad = None
 
-    times = []
-    for _ in range(steps + 3):
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
-    total = statistics.median(times[3:])
-    parts = measure(step, x.numel() // 2)
-    milliseconds = {f"{kind}_ms": f"{parts.milliseconds[kind]:.2f}" for kind in KINDS}
-    rest = total - sum(parts.milliseconds.values())
-    calls = {f"{kind}_calls": f"{parts.calls[kind]:.0f}" for kind in KINDS[1:]}
-    return {"step_ms": f"{total:.2f}"} | milliseconds | {"rest_ms": f"{rest:.2f}"} | calls
+    return step, isinstance(layer, knport.KNConv2d)
 
 
-def measure(step, full: int, steps: int = 10) -> Parts:
-    """Profile `step`; tensors of at least `full` entries count as full-size."""
-    with profiler(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        for _ in range(steps):
-            step()
-    milliseconds, calls = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
-    for event in recorded.events():
-        if event.name.startswith("aten::") and event.self_cpu_time_total > 0:
-            kind = _kind(event, full)
-            milliseconds[kind] += event.self_cpu_time_total / 1e3 / steps
-            calls[kind] += 1 / steps
-    return Parts(milliseconds, calls)
+def _networks() -> Iterator[tuple[str, dict[str, tuple[Step, bool]]]]:
+    for batch, side in ((4, 224), (8, 64)):
+        original = resnet18(num_classes=CLASSES)
+        networks = {
+            ORIGINAL: original,
+            CONVERTED_PLAIN: knport.convert(original, KNConfig(enlarge="none", dropout=0.0)),
+            CONVERTED: knport.convert(original, KNConfig(enlarge="none")),
+        }
+        x = torch.randn(batch, 3, side, side).to(memory_format=torch.channels_last)
+        steps = {name: _network_step(network, x, network is not original) for name, network in networks.items()}
+        yield f"resnet18 batch {batch} {side}x{side}", steps
 
 
-def _kind(event, full: int) -> str:
-    if "convolution" in event.name:
-        return "convolution"
-    sizes = [math.prod(shape) for shape in event.input_shapes if shape and isinstance(shape[0], int)]
-    return "full-size" if max(sizes, default=0) >= full else "maps"
+def _network_step(network: nn.Module, x: torch.Tensor, ours: bool) -> tuple[Step, bool]:
+    network = network.to(memory_format=torch.channels_last)
+    target = torch.arange(len(x)) % CLASSES
+
+    def step() -> None:
+        F.cross_entropy(network(x), target).backward()
+        network.zero_grad(set_to_none=True)
+
+    return step, ours
 
 
 def _append(path: Path, row: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
