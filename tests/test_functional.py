@@ -12,6 +12,7 @@ from knport import geometry as places
 from knport.errors import KNPortError
 from knport.functional.statistics import unit_statistics
 from knport.kernels import Draw
+from knport.kernels.eager import normal_pair
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -191,20 +192,22 @@ def test_one_mask_is_shared_by_overlapping_units():
     torch.testing.assert_close(var, expected_var, **EXACT)
 
 
-def repeated(unit, count, form, p):
+def repeated(unit, count, form, p, take=None):
     """`count` draws of the statistics of one unit (C, k, k), every copy beside the others: (count,) each."""
     c, k, _ = unit.shape
     x = unit.repeat(1, 1, count).reshape(1, c, k, count * k)
-    return statistics(x, k, k, dropout=p, dropout_form=form)
+    return (take or statistics)(x, k, k, dropout=p, dropout_form=form)
 
 
-@pytest.mark.parametrize("form", ["shared", "unit", "moments"])
+@pytest.mark.parametrize("form", ["shared", "unit", "moments", "moments, compiled"])
 @pytest.mark.parametrize("p", [0.05, 0.25])
 def test_every_dropout_form_has_the_moments_of_eq_1(form, p):
     """Mean, variance and covariance of (mu', m_2') over 100,000 draws against the closed form."""
+    form, *compiled = form.split(", ")
+    take = torch.compile(statistics, fullgraph=True, backend="aot_eager") if compiled else statistics
     unit, count = torch.randn(16, 3, 3, dtype=torch.float64).relu() + 0.1, 100_000
     n, m = unit.numel(), [unit.pow(j).mean().item() for j in range(5)]
-    mean, var = repeated(unit, count, form, p)
+    mean, var = repeated(unit, count, form, p, take)
     second = var + mean.square()
     spread = torch.cov(torch.stack([mean, second]))
     sure = 6 / count**0.5  # six standard errors
@@ -215,6 +218,21 @@ def test_every_dropout_form_has_the_moments_of_eq_1(form, p):
     assert spread[0, 1].item() == pytest.approx(p * m[3] / ((1 - p) ** 2 * n), rel=2 * sure)
     expected = statistics(unit[None], 3, dropout=p, dropout_form="expected")
     assert expected[1].item() == pytest.approx(var.mean().item(), rel=0.003)
+
+
+def test_two_normal_numbers_from_64_bits():
+    """Moments to the fourth and the independence of the two; the extreme bits are finite."""
+    count = 1_000_000
+    pair = torch.stack(normal_pair(torch.randint(-(2**63), 2**63 - 1, (count,)))).double()
+    sure = 6 / count**0.5
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert (pair.pow(power).mean(1) - moment).abs().max() < sure * variance**0.5
+    for a, b in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        product = (pair[0].pow(a) * pair[1].pow(b)).mean().item()
+        assert product == pytest.approx(float(a == b == 2), abs=sure * 9**0.5)
+    assert pair.abs().max() > 4.5
+    extremes = torch.tensor([-(2**63), 2**63 - 1, 0, -1, 0x7FFFFFFF])
+    assert all(numbers.isfinite().all() for numbers in normal_pair(extremes))
 
 
 @pytest.mark.parametrize("form", ["shared", "unit"])

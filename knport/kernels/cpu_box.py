@@ -73,7 +73,7 @@ def _bands(box: Box, size: Sequence[int], channels: int) -> tuple[Tensor, Tensor
     return _band(size[0], *down, channels), _band(size[1], *across, 1)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=512)
 def _band(length: int, k: int, stride: int, pair: tuple[int, int], dilation: int, divisor: int) -> Tensor:
     """(units, length): 1 / (k divisor) where a unit of this dimension has a pixel, 0 elsewhere."""
     before, after = pair
@@ -85,7 +85,7 @@ def _band(length: int, k: int, stride: int, pair: tuple[int, int], dilation: int
         return inside.float() / (k * divisor)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=512)
 def _whole(box: Box, size: tuple[int, int], channels: int) -> Tensor:
     """(H W, O P)"""
     with torch.inference_mode(False), torch.device("cpu"):

@@ -87,13 +87,29 @@ def draw(second: Tensor, third: Tensor, fourth: Tensor, p: float, n: int) -> Dra
     second, third, fourth = second.detach(), third.detach(), fourth.detach()
     keep, q = 1 - p, p / ((1 - p) * n)
     # Drawn in float32 whatever the maps are in, so that every form of the layer draws the same from the same seed.
-    noise = torch.randn(2, *second.shape, device=second.device).to(second.dtype) * math.sqrt(q)
-    shift, other = noise.unbind()
+    shift, other = (noise.to(second.dtype) * math.sqrt(q) for noise in _deviates(second))
     per_root = second.clamp_min(torch.finfo(second.dtype).tiny).rsqrt()
     slope = third * per_root  # of m_2' against mu', times sqrt(m_2)
     rest = torch.addcmul(fourth, slope, slope, value=-1).clamp_min(0).sqrt()
     moved = torch.addcmul(slope * shift, rest, other) * per_root * per_root
     return Draw(shift, moved.add(1).div(keep))
+
+
+def _deviates(like: Tensor) -> tuple[Tensor, ...]:
+    """Two maps of standard normal numbers in float32, of the shape of `like`."""
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if compiled and like.device.type == "cpu":
+        # The compiler sets up a generator for every number, on CPUs one after the other: two numbers from each.
+        return normal_pair(torch.randint(-(2**63), 2**63 - 1, like.shape, device=like.device))
+    return torch.randn(2, *like.shape, device=like.device).unbind()
+
+
+def normal_pair(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normal numbers in float32 from every 64 random bits (Box and Muller, 1958)."""
+    uniform = ((bits >> 32) & 0x7FFFFFFF).float().add(1) * 2**-31  # in (0, 1]
+    angle = (bits & 0x7FFFFFFF).float() * (2 * math.pi * 2**-31)
+    radius = (-2 * uniform.log()).sqrt()
+    return radius * angle.cos(), radius * angle.sin()
 
 
 def drawn_statistics(mean: Tensor, var: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:
