@@ -454,9 +454,9 @@ def test_a_part_that_calls_another_does_not_count_it(monkeypatch):
     assert spent["passes"] == 5.0 and spent["maps"] == 0.0
 
 
-def test_the_engine_says_whose_random_numbers(monkeypatch):
+def test_the_engine_says_whose_random_numbers():
     variant = Variant(name="x", build=nn.Identity, engine="compiled")
     assert measure._engine(variant) == "compiled"
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
-    assert measure._engine(variant) == measure.COMPILED_TORCH_RANDOM
-    assert measure._engine(dataclasses.replace(variant, engine="eager")) == "eager"
+    with torch._inductor.config.patch(fallback_random=True):
+        assert measure._engine(variant) == measure.COMPILED_TORCH_RANDOM
+        assert measure._engine(dataclasses.replace(variant, engine="eager")) == "eager"
