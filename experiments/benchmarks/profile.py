@@ -37,7 +37,9 @@ from experiments.benchmarks.layers import SHAPES
 from experiments.benchmarks.networks import CLASSES, CONVERTED, CONVERTED_PLAIN, ORIGINAL
 from experiments.benchmarks.run import settle_heap
 from experiments.benchmarks.timing import interleaved
+from experiments.markers import rewrite
 from experiments.run_folder import environment
+from experiments.tables import Table, Text
 from knport import KNConfig
 from knport.kernels import cpu, cpu_conv
 
@@ -53,16 +55,18 @@ KN_PARTS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
 TORCH_PARTS = {"convolution": ("convolution",), "batchnorm": ("native_batch_norm",)}
 PARTS = ("convolution", "batchnorm", "passes", "filters", "maps")
 FIELDS = ("date", "commit", "torch", "threads", "case", "variant", "step_ms", *(f"{p}_ms" for p in PARTS), "rest_ms")
+BEGIN, END = "<!-- profile: made by python -m experiments.benchmarks profile --into -->", "<!-- end of profile -->"
 Step = Callable[[], None]
 
 
-def profile(*, threads: int = 2, seconds: float = 12.0, out: Path = RESULTS) -> None:
+def profile(*, threads: int = 2, seconds: float = 12.0, out: Path = RESULTS, into: Path | None = None) -> None:
     """Print where the training step of each layer and network goes, and append it to the CSV.
 
     Args:
         threads: of torch.
         seconds: for the steps of one case.
         out: the CSV.
+        into: a Markdown file; what stands between its two marker comments is replaced by the table of the latest rows.
     """
     torch.set_num_threads(threads)
     settle_heap()
@@ -74,6 +78,25 @@ def profile(*, threads: int = 2, seconds: float = 12.0, out: Path = RESULTS) -> 
             row = {"case": case, "variant": variant} | figures
             _append(out, about | row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if into is not None:
+        rewrite(into, BEGIN, END, table(out))
+
+
+def table(path: Path) -> str:
+    """The latest row of every case and variant as a Markdown table, in milliseconds."""
+    with path.open(newline="") as file:
+        latest = {(row["case"], row["variant"]): row for row in csv.DictReader(file)}
+    first: dict[str, float] = {}
+    lines = []
+    for (case, variant), row in latest.items():
+        step = float(row["step_ms"])
+        times = step / first.setdefault(case, step)
+        parts = [f"{float(row[f'{part}_ms']):.1f}" if row[f"{part}_ms"] else "" for part in (*PARTS, "rest")]
+        lines.append(tuple(map(Text, (case, variant, f"{step:.1f}", f"{times:.2f}", *parts))))
+    header = ("", "", "step, ms", "times the first", *PARTS, "rest")
+    last = next(reversed(latest.values()))
+    source = f"{last['threads']} CPU threads, torch {last['torch']}, {last['date']}, commit {last['commit'][:9]}"
+    return f"{Table(header, tuple(lines)).markdown()}\n\n{source}"
 
 
 def measure(variants: dict[str, tuple[Step, bool]], seconds: float) -> dict[str, dict[str, float]]:
