@@ -136,13 +136,16 @@ def scale_and_shift_backward(
     # the products lie in the memory of the result, which is overwritten after
     torch.sum(torch.mul(grad, convolved, out=scaled), 1, keepdim=True, out=grad_rstd)
     torch.mul(grad, rstd, out=scaled)
-    grad_bias = grad.sum((0, *range(2, grad.dim()))) if has_bias else None
     if offset is None:
-        return scaled, grad_rstd, None, None, grad_bias
-    at = _Flat.of(grad)
+        return scaled, grad_rstd, None, None, grad.sum((0, *range(2, grad.dim()))) if has_bias else None
+    at, rank = _Flat.of(grad), len(vectors)
     along = at.over_channels(grad, vectors)
     grad_rstd -= (offset * along).sum(1, keepdim=True)
-    return scaled, grad_rstd, along.mul_(-rstd), at.over_units(scaled, offset).neg_(), grad_bias
+    # The gradients of vectors and bias are sums over units with other factors: one pass.
+    factors = grad.new_ones(len(grad), rank + has_bias, *grad.shape[2:])
+    torch.mul(offset, rstd, out=factors[:, :rank])
+    sums = at.over_units(grad, factors)
+    return scaled, grad_rstd, along.mul_(-rstd), -sums[:rank], sums[rank] if has_bias else None
 
 
 class _Flat(NamedTuple):
@@ -173,10 +176,9 @@ class _Flat(NamedTuple):
         return torch.matmul(vectors, y.flatten(2)).view(len(y), -1, *y.shape[2:])
 
     def over_units(self, y: Tensor, maps: Tensor) -> Tensor:
-        """sum over units of maps_r y_c: y (N, C, O, P), maps (N, R, O, P) -> (R, C)."""
-        if self.rows:
-            return maps.movedim(1, -1).reshape(-1, maps.shape[1]).t() @ as_rows(y)
-        return torch.matmul(maps.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
+        """sum over units of maps_r y_c: y (N, C, O, P), maps (N, R, O, P) -> (R, C); by images, on all cores."""
+        columns = as_rows(y).view(len(y), -1, y.shape[1]) if self.rows else y.flatten(2).transpose(1, 2)
+        return torch.bmm(maps.flatten(2), columns).sum(0)
 
 
 def zero_padded(x: Tensor, pairs: Pairs) -> Tensor:
