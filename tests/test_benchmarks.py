@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import architectures
-from experiments.benchmarks import bars, layers, measure, plot, profile, timing
+from experiments.benchmarks import bars, layers, plot, profile, timing
 from experiments.benchmarks import competitors as names
 from experiments.benchmarks.__main__ import main
 from experiments.benchmarks.competitors import CONV, MOMENTS, PrimitiveBatchNorm2d, UnfoldKNConv, competitor
@@ -452,11 +452,3 @@ def test_a_part_that_calls_another_does_not_count_it(monkeypatch):
     with profile._clock() as spent:
         layer(torch.randn(1, 8, 8, 8))
     assert spent["passes"] == 5.0 and spent["maps"] == 0.0
-
-
-def test_the_engine_says_whose_random_numbers():
-    variant = Variant(name="x", build=nn.Identity, engine="compiled")
-    assert measure._engine(variant) == "compiled"
-    with torch._inductor.config.patch(fallback_random=True):
-        assert measure._engine(variant) == measure.COMPILED_TORCH_RANDOM
-        assert measure._engine(dataclasses.replace(variant, engine="eager")) == "eager"

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from experiments.benchmarks import competitors as names
 from experiments.benchmarks import growth, networks
-from experiments.benchmarks.measure import COMPILED_TORCH_RANDOM
 from experiments.benchmarks.memory import MIB
 from experiments.benchmarks.rows import OUT, Row, latest, read
 from experiments.markers import rewrite
@@ -191,8 +190,8 @@ def _gpu_peak(rows: Rows) -> Result | None:
     return Result(f"{max(quotients):.2f} at worst", max(quotients) <= 1) if quotients else None
 
 
-def _compiled_layers(variant: str, mode: str = "training", engine: str = "compiled"):
-    return lambda rows: rows.layers(variant, mode, engine=engine)
+def _compiled_layers(variant: str, mode: str = "training"):
+    return lambda rows: rows.layers(variant, mode, engine="compiled")
 
 
 BN = "Conv2d+BatchNorm2d"
@@ -216,11 +215,6 @@ CPU_BARS = (
         "both compiled, dropout 0.05",
         "<= 1.10 median, none over 1.20",
         _ratios(_compiled_layers(names.MOMENTS), 1.10, 1.20),
-    ),
-    Bar(
-        "the same, drawn by PyTorch's generator (fallback_random)",
-        "<= 1.10 median, none over 1.20",
-        _ratios(_compiled_layers(names.MOMENTS, engine=COMPILED_TORCH_RANDOM), 1.10, 1.20),
     ),
     Bar(
         "both compiled, inference",

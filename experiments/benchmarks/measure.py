@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +19,6 @@ from experiments.benchmarks.timing import Times, differences, interleaved, ratio
 from experiments.run_folder import environment
 
 WARM_UP = 2
-COMPILED_TORCH_RANDOM = "compiled, fallback_random"
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -161,16 +159,10 @@ def run_case(case: Case, setting: Setting) -> list[Row]:
         if variant.name in steps:
             found |= {"graph_breaks": breaks[variant.name], **_memory(steps.pop(variant.name), variant, setting)}
         note = "; ".join(filter(None, (case.columns.get("note"), notes.get(variant.name))))
-        own = {"variant": variant.name, "engine": _engine(variant), **variant.columns, "note": note}
+        own = {"variant": variant.name, "engine": variant.engine, **variant.columns, "note": note}
         rows.append(Row(**(common | own | found)))
     gc.collect()
     return rows
-
-
-def _engine(variant: Variant) -> str:
-    """As the CSV names it: whose random numbers compiled code draws decides what dropout costs there."""
-    drawn_by_torch = variant.engine == "compiled" and torch._inductor.config.fallback_random
-    return COMPILED_TORCH_RANDOM if drawn_by_torch else variant.engine
 
 
 def _warm_up(step: Step, engine: str) -> int | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch._inductor.config
 import tyro
 
 from experiments.benchmarks import growth, layers, networks, published
@@ -47,7 +46,6 @@ def run(
     cases: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GLOB ...")] = ("*",),
     seconds: float | None = None,
     full: bool = False,
-    fallback_random: bool = False,
 ) -> None:
     """Measure, and append one row per variant to the CSV.
 
@@ -64,8 +62,6 @@ def run(
         cases: globs on the cases' names, as the CSV has them, e.g. "knresnet18 batch 32".
         seconds: of every case's rounds, in place of what the benchmark says.
         full: the papers' sizes in table6 and table8 on a CPU too.
-        fallback_random: let compiled code draw by PyTorch's generator in place of the compiler's own, as
-            `torch._inductor.config.fallback_random` does; the CSV's engine says so.
     """
     chosen = _chosen(names, engine)
     if threads < 1:
@@ -73,7 +69,6 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise KNPortError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     torch.set_num_threads(threads)
-    torch._inductor.config.fallback_random = fallback_random
     settle_heap()
     options = Options(device=device, engine=engine, layouts=layouts, quick=quick, full=full)
     short = 0.2 if quick else None
