@@ -117,7 +117,7 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
         return _dropped(mean, own_mean, second, higher, channels * how.window.places, plain, centred, how)
     scale = (1 - p / (channels * how.window.places)) / (1 - p)
     if p:
-        var = var.mul_(scale).addcmul_(mean, mean, value=scale - 1)  # scale m_2 - mu^2
+        var = var.add_(second, alpha=scale - 1)  # scale m_2 - mu^2
     if plain:  # m_2 is of no more use, and shares its memory with the mean, which is kept
         rstd = torch.rsqrt(var.add_(how.eps), out=second)
     else:
