@@ -1,4 +1,4 @@
-"""`python -m experiments.benchmarks profile`: where a training step goes, of layers and of whole networks.
+"""`python -m experiments.benchmarks profile`: where a step goes, of layers (in inference too) and of whole networks.
 
     convolution     the convolutions themselves, forward and backward
     batchnorm       BatchNorm, forward and backward
@@ -8,7 +8,8 @@
     rest            everything else: other layers, autograd, Python
 
 KNConv's parts are timed around the functions of `knport.kernels` that do them, in the steps whose median is `step`, all
-variants in turn. PyTorch has no such functions around its own: the profiler gives their shares, in steps of their own.
+variants in turn. PyTorch has no such functions around its own: the profiler times them, in steps of their own, and
+what these took more or less than those is in `rest`, which can come out below 0.
 """
 
 from __future__ import annotations
@@ -54,13 +55,15 @@ KN_PARTS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
 }
 TORCH_PARTS = {"convolution": ("convolution",), "batchnorm": ("native_batch_norm",)}
 PARTS = ("convolution", "batchnorm", "passes", "filters", "maps")
+COPY = "a copy of x"
+"""What one pass that reads a feature map and writes one takes at least."""
 FIELDS = ("date", "commit", "torch", "threads", "case", "variant", "step_ms", *(f"{p}_ms" for p in PARTS), "rest_ms")
 BEGIN, END = "<!-- profile: made by python -m experiments.benchmarks profile --into -->", "<!-- end of profile -->"
 Step = Callable[[], None]
 
 
 def profile(*, threads: int = 2, seconds: float = 12.0, out: Path = RESULTS, into: Path | None = None) -> None:
-    """Print where the training step of each layer and network goes, and append it to the CSV.
+    """Print where the step of each layer and network goes, and append it to the CSV.
 
     Args:
         threads: of torch.
@@ -86,13 +89,14 @@ def table(path: Path) -> str:
     """The latest row of every case and variant as a Markdown table, in milliseconds."""
     with path.open(newline="") as file:
         latest = {(row["case"], row["variant"]): row for row in csv.DictReader(file)}
+    cases = list(dict.fromkeys(case for case, _ in latest))
     first: dict[str, float] = {}
     lines = []
-    for (case, variant), row in latest.items():
+    for (case, variant), row in sorted(latest.items(), key=lambda item: cases.index(item[0][0])):
         step = float(row["step_ms"])
         times = step / first.setdefault(case, step)
-        parts = [f"{float(row[f'{part}_ms']):.1f}" if row[f"{part}_ms"] else "" for part in (*PARTS, "rest")]
-        lines.append(tuple(map(Text, (case, variant, f"{step:.1f}", f"{times:.2f}", *parts))))
+        parts = [row[f"{part}_ms"] for part in (*PARTS, "rest")]
+        lines.append(tuple(map(Text, (case, variant, row["step_ms"], f"{times:.2f}", *parts))))
     header = ("", "", "step, ms", "times the first", *PARTS, "rest")
     last = next(reversed(latest.values()))
     source = f"{last['threads']} CPU threads, torch {last['torch']}, {last['date']}, commit {last['commit'][:9]}"
@@ -157,7 +161,7 @@ def _clock() -> Iterator[Counter]:
             setattr(module, name, function)
 
 
-def _profiled(step: Step, steps: int = 10) -> dict[str, float]:
+def _profiled(step: Step, steps: int = 20) -> dict[str, float]:
     """Seconds of one step by part of `TORCH_PARTS`."""
     with profiler(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
@@ -179,18 +183,33 @@ def _layers() -> Iterator[tuple[str, dict[str, tuple[Step, bool]]]]:
             PLAIN: knport.KNConv2d(channels, channels, dropout=0.0, **geometry),
             MOMENTS: knport.KNConv2d(channels, channels, **geometry),
         }
-        x = torch.randn(n, channels, side, side)
-        yield f"N{n} C{channels} {side}x{side} k{k}", {name: _layer_step(m, x) for name, m in layers.items()}
+        x = torch.randn(n, channels, side, side).to(memory_format=torch.channels_last)
+        for mode, step in (("", _layer_step), (", inference", _layer_inference)):
+            steps = {name: step(layer, x) for name, layer in layers.items()}
+            if not mode:
+                steps[COPY] = functools.partial(torch.empty_like(x).copy_, x), False
+            yield f"N{n} C{channels} {side}x{side} k{k}{mode}", steps
 
 
 def _layer_step(layer: nn.Module, x: torch.Tensor) -> tuple[Step, bool]:
     layer = layer.to(memory_format=torch.channels_last)
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     cotangent = torch.randn_like(layer(x))
 
     def step() -> None:
         layer(x).backward(cotangent)
         x.grad = None
+
+    return step, isinstance(layer, knport.KNConv2d)
+
+
+def _layer_inference(layer: nn.Module, x: torch.Tensor) -> tuple[Step, bool]:
+    layer = layer.to(memory_format=torch.channels_last)
+
+    def step() -> None:
+        with torch.no_grad():
+            layer.eval()(x)
+        layer.train()
 
     return step, isinstance(layer, knport.KNConv2d)
 
