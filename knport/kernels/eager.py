@@ -86,7 +86,8 @@ def draw(second: Tensor, third: Tensor, fourth: Tensor, p: float, n: int) -> Dra
     """
     second, third, fourth = second.detach(), third.detach(), fourth.detach()
     keep, q = 1 - p, p / ((1 - p) * n)
-    # Drawn in float32 whatever the maps are in, so that every form of the layer draws the same from the same seed.
+    # Drawn in float32 whatever the maps are in, so that every form of the layer draws the same from the same seed (but
+    # for compiled code).
     shift, other = (noise.to(second.dtype) * math.sqrt(q) for noise in _deviates(second))
     per_root = second.clamp_min(torch.finfo(second.dtype).tiny).rsqrt()
     slope = third * per_root  # of m_2' against mu', times sqrt(m_2)
@@ -99,7 +100,7 @@ def _deviates(like: Tensor) -> tuple[Tensor, ...]:
     """Two maps of standard normal numbers in float32, of the shape of `like`."""
     compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if compiled and like.device.type == "cpu":
-        # The compiler sets up a generator for every number, on CPUs one after the other: two numbers from each.
+        # The compiler sets up a generator for every number that it draws, on CPUs one after the other.
         return normal_pair(torch.randint(-(2**63), 2**63 - 1, like.shape, device=like.device))
     return torch.randn(2, *like.shape, device=like.device).unbind()
 
