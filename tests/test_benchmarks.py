@@ -18,7 +18,7 @@ from experiments.benchmarks.competitors import CONV, MOMENTS, PrimitiveBatchNorm
 from experiments.benchmarks.measure import Case, Setting, Step, Variant, run_case
 from experiments.benchmarks.memory import MIB, saved_mib, step_memory
 from experiments.benchmarks.options import Options
-from experiments.benchmarks.rows import COLUMNS, Row, append, latest, read
+from experiments.benchmarks.rows import COLUMNS, Row, append, before, latest, read
 from experiments.benchmarks.run import BENCHMARKS
 from experiments.benchmarks.twin import PaddedConv2d, batchnorm_twin, materialize
 from knport import KernelNorm2d, KNConv2d, KNPortError
@@ -315,6 +315,7 @@ def test_a_bad_field_names_its_line(tmp_path):
 def test_the_latest_of_repeated_rows():
     first, other, second = row(ratio=1.0), row(case="other"), row(ratio=2.0)
     assert latest([first, other, second]) == [second, other]
+    assert before([first, other, second], 1) == [first] and before([first, other, second], 2) == []
 
 
 # ---- bars
@@ -328,16 +329,19 @@ def lines(text: str) -> dict[str, list[str]]:
 def test_bars_without_rows_are_blank():
     found = lines(bars.table([], 2))
     assert len(found) == len(bars.CPU_BARS) + len(bars.GPU_BARS)
-    assert all(measured == met == "" for measured, _, met in found.values())
+    assert all(measured == met == earlier == "" for measured, _, met, earlier in found.values())
 
 
 def test_bars_by_median_and_worst():
     key = "the same, dropout 0.05 (moments)"
     good = [row(case=str(i), ratio=r) for i, r in enumerate((1.0, 1.05, 1.19))]
-    assert lines(bars.table(good, 2))[key] == ["1.05, worst 1.19 of 3", "<= 1.10 median, none over 1.20", "yes"]
+    assert lines(bars.table(good, 2))[key] == ["1.05, worst 1.19 of 3", "<= 1.10 median, none over 1.20", "yes", ""]
     assert lines(bars.table([*good, row(case="3", ratio=1.3)], 2))[key][2] == "no"
     assert lines(bars.table([*good, row(case="2", ratio=1.4)], 2))[key][0] == "1.05, worst 1.40 of 3"
     assert lines(bars.table(good, 1))[key][0] == ""  # other threads
+    older = [row(case=str(i), ratio=r) for i, r in enumerate((1.2, 1.25, 1.3))]
+    assert lines(bars.table([*older, *good], 2))[key][3] == "1.25"
+    assert lines(bars.table([*older, *older, *older, *older, *good], 2))[key][3] == "1.25, 1.25, 1.25"
 
 
 def test_bars_of_networks_growth_and_compiling():
@@ -452,3 +456,16 @@ def test_a_part_that_calls_another_does_not_count_it(monkeypatch):
     with profile._clock() as spent:
         layer(torch.randn(1, 8, 8, 8))
     assert spent["passes"] == 5.0 and spent["maps"] == 0.0
+
+
+def test_what_a_bar_leaves(tmp_path):
+    """1.05 x 10 ms less convolution (8 ms) and rest (0.5 ms) leave 2 ms."""
+    path = tmp_path / "profile.csv"
+    about = {"date": "2026-01-01", "commit": "0123456789", "torch": "2.11.0", "threads": 2, "case": "N1 C8 4x4 k3"}
+    norm = {"variant": names.BATCH, "step_ms": 10, "convolution_ms": 8, "batchnorm_ms": 1.5, "rest_ms": 0.5}
+    ours = {"variant": names.PLAIN, "step_ms": 11, "convolution_ms": 8, "passes_ms": 1, "filters_ms": 0.5}
+    for part in (norm, {**ours, "step_ms": 20, "maps_ms": 9}, {**ours, "maps_ms": 1.25, "rest_ms": 0.25}):
+        profile._append(path, about | part)
+    text = profile.table(path)
+    assert "| N1 C8 4x4 k3 | KNConv2d p=0 | 1.05 | 2.00 | 1.50 | 1.25 | 1.10 |" in text
+    assert "commit 012345678" in text and "| 20 |" not in text

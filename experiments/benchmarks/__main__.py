@@ -13,7 +13,7 @@ import tyro
 COMMANDS = {
     "run": "measure benchmarks and append the rows to the CSV",
     "plot": "draw the pictures of the README and docs from the CSV",
-    "profile": "where the step of a layer goes: convolution, passes over full-size tensors, maps, the rest",
+    "profile": "where the step of a layer and of a network goes: convolution, passes over feature maps, maps, the rest",
     "bars": "print the acceptance table from the CSV: figure, bar, met or not",
 }
 PROG = "python -m experiments.benchmarks"

@@ -10,11 +10,13 @@ from typing import NamedTuple
 from experiments.benchmarks import competitors as names
 from experiments.benchmarks import growth, networks
 from experiments.benchmarks.memory import MIB
-from experiments.benchmarks.rows import OUT, Row, latest, read
+from experiments.benchmarks.rows import OUT, Row, before, latest, read
 from experiments.markers import rewrite
 from experiments.tables import Table, Text
 
 BEGIN, END = "<!-- bars: made by python -m experiments.benchmarks bars --into -->", "<!-- end of bars -->"
+EARLIER = 3
+"""Measurements before the latest whose ratios the table shows too, be they of older kernels."""
 FLOAT = 4
 MOST_MAPS = 16
 """One-channel maps that a layer may keep beside its two full-size tensors."""
@@ -42,7 +44,13 @@ class Rows:
 
     def __init__(self, rows: Iterable[Row], *, cuda: bool, threads: int):
         rows = [row for row in rows if row.device.startswith("cuda") == cuda and (cuda or row.threads == threads)]
-        self.rows = latest(row for row in rows if row.device == rows[-1].device)
+        self.all = [row for row in rows if row.device == rows[-1].device]
+        self.rows = latest(self.all)
+        self.which = {"cuda": cuda, "threads": threads}
+
+    def before(self, count: int) -> Rows:
+        """As these were `count` measurements ago."""
+        return Rows(before(self.all, count), **self.which)
 
     def where(self, **columns) -> list[Row]:
         """The rows with a time that have these entries; eager, float32 and channels_last unless said otherwise."""
@@ -75,14 +83,17 @@ def table(rows: list[Row], threads: int) -> str:
     """As Markdown, with a line on where the figures come from."""
     cpu, gpu = Rows(rows, cuda=False, threads=threads), Rows(rows, cuda=True, threads=threads)
     lines = [_line(bar, cpu) for bar in CPU_BARS] + [_line(bar, gpu) for bar in GPU_BARS]
-    markdown = Table(("", "measured", "bar", "met"), tuple(lines), names=1).markdown()
+    markdown = Table(("", "measured", "bar", "met", f"the {EARLIER} before"), tuple(lines), names=1).markdown()
     return "\n\n".join([markdown, *filter(None, (_source(cpu.rows), _source(gpu.rows)))])
 
 
 def _line(bar: Bar, rows: Rows) -> tuple[Text, ...]:
     result = bar.judge(rows) or Result("")
     met = "" if result.met is None else "yes" if result.met else "no"
-    return Text(bar.what), Text(result.figure), Text(bar.bar), Text(met)
+    earlier = [bar.judge(rows.before(count)) for count in range(1, EARLIER + 1)]
+    ratios = [found.figure.split(",")[0] for found in earlier if found is not None]
+    shown = ", ".join(ratio for ratio in ratios if ratio.replace(".", "", 1).isdigit())
+    return Text(bar.what), Text(result.figure), Text(bar.bar), Text(met), Text(shown)
 
 
 def _source(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""`layers` and `forms`: one layer, against convolution + BatchNorm, the other norms, and its own other forms.
+"""`layers`, `forms` and `stem`: one layer, against convolution + BatchNorm, the other norms, and its own other forms.
 
 A training step is forward and backward with a random gradient of the output, the input's gradient included; inference
 is evaluation mode without gradients, where the forms of dropout are one and the same. Shapes are those of feature maps
@@ -11,6 +11,10 @@ to memory would slow down whatever runs after them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
 
 from experiments.benchmarks import competitors as names
 from experiments.benchmarks.competitors import competitor
@@ -23,6 +27,7 @@ QUICK = ((2, 32, 8, 3),)
 GPU_IMAGES = 16
 LAYERS = (names.CONV, names.BATCH, names.GROUP, names.LAYER, names.PLAIN, names.MOMENTS)
 FORMS = (names.PLAIN, names.MOMENTS, names.SHARED, names.UNIT, names.PUBLISHED, names.PUBLISHED_PLAIN)
+STEMS = (names.CONV, names.BATCH, names.PLAIN)
 COMPILED = (names.BATCH, names.PLAIN, names.MOMENTS)  # the others would only add minutes of compiling
 
 
@@ -38,6 +43,26 @@ def form_cases(options: Options) -> Iterator[Case]:
     in_evaluation = tuple(name for name in FORMS if name not in (names.SHARED, names.UNIT))
     chosen = {"training": FORMS, "inference": in_evaluation}
     yield from _cases("forms", options, "channels_last", chosen, names.MOMENTS)
+
+
+def stem_cases(options: Options) -> Iterator[Case]:
+    """The stem of a ResNet, with ReLU and max-pooling: what a compiler makes of it with and without a norm."""
+    images, side = (1, 32) if options.quick else (4, 224)
+    geometry = {"in_channels": 3, "out_channels": 64, "kernel_size": 7, "stride": 2, "padding": 3}
+    stems = {name: competitor(name, geometry, engine=options.engine) for name in STEMS}
+
+    def build(name: str) -> nn.Module:
+        return nn.Sequential(stems[name].build(), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+
+    yield Case(
+        benchmark="stem",
+        name=f"N{images} C3 {side}x{side} k7 stride 2, ReLU, max-pooling",
+        variants=tuple(replace(stem, build=partial(build, name)) for name, stem in stems.items()),
+        baseline=names.BATCH,
+        shape=(images, 3, side, side),
+        seconds=8.0,
+        columns={"C_out": 64, "k": 7, "stride": 2},
+    )
 
 
 def _cases(benchmark: str, options: Options, layout: str, chosen: dict[str, tuple], baseline: str) -> Iterator[Case]:

@@ -59,6 +59,8 @@ COPY = "a copy of x"
 """What one pass that reads a feature map and writes one takes at least."""
 FIELDS = ("date", "commit", "torch", "threads", "case", "variant", "step_ms", *(f"{p}_ms" for p in PARTS), "rest_ms")
 BEGIN, END = "<!-- profile: made by python -m experiments.benchmarks profile --into -->", "<!-- end of profile -->"
+# The acceptance bars, on the step with BatchNorm; in inference that of a converted network holds for all.
+BARS = {PLAIN: 1.05, MOMENTS: 1.10, CONVERTED_PLAIN: 1.10, CONVERTED: 1.10}
 Step = Callable[[], None]
 
 
@@ -98,9 +100,29 @@ def table(path: Path) -> str:
         parts = [row[f"{part}_ms"] for part in (*PARTS, "rest")]
         lines.append(tuple(map(Text, (case, variant, row["step_ms"], f"{times:.2f}", *parts))))
     header = ("", "", "step, ms", "times the first", *PARTS, "rest")
+    lead = (
+        "What a bar leaves for KNConv: the bar times the step, less convolution and rest of the variant with BatchNorm."
+    )
     last = next(reversed(latest.values()))
     source = f"{last['threads']} CPU threads, torch {last['torch']}, {last['date']}, commit {last['commit'][:9]}"
-    return f"{Table(header, tuple(lines)).markdown()}\n\n{source}"
+    return "\n\n".join([Table(header, tuple(lines)).markdown(), source, lead, _room(latest).markdown()])
+
+
+def _room(latest: dict[tuple[str, str], dict[str, str]]) -> Table:
+    """What each bar leaves, beside what the parts of a KNConv take, in milliseconds."""
+    lines = []
+    for (case, variant), row in latest.items():
+        if variant not in BARS:
+            continue
+        bar = BARS[CONVERTED] if case.endswith("inference") else BARS[variant]
+        base = latest.get((case, BATCH)) or latest[case, ORIGINAL]
+        left = bar * float(base["step_ms"]) - float(base["convolution_ms"]) - float(base["rest_ms"])
+        passes = float(row["passes_ms"]) + float(row["filters_ms"])
+        measured = float(row["step_ms"]) / float(base["step_ms"])
+        figures = (f"{bar:.2f}", f"{left:.2f}", f"{passes:.2f}", row["maps_ms"], f"{measured:.2f}")
+        lines.append(tuple(map(Text, (case, variant, *figures))))
+    header = ("", "", "bar", "it leaves, ms", "passes and filters", "maps", "measured / BatchNorm")
+    return Table(header, tuple(lines))
 
 
 def measure(variants: dict[str, tuple[Step, bool]], seconds: float) -> dict[str, dict[str, float]]:

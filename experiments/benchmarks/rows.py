@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -110,6 +111,18 @@ def read(path: Path) -> list[Row]:
 def latest(rows: Iterable[Row]) -> list[Row]:
     """Of every measurement that was repeated, the last one."""
     return list({_key(row): row for row in rows}.values())
+
+
+def before(rows: Iterable[Row], count: int) -> list[Row]:
+    """All rows but the last `count` of every measurement."""
+    rows = list(rows)
+    left = Counter(_key(row) for row in rows)
+    found = []
+    for row in rows:
+        left[_key(row)] -= 1
+        if left[_key(row)] >= count:
+            found.append(row)
+    return found
 
 
 def _key(row: Row) -> tuple:

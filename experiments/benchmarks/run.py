@@ -19,6 +19,7 @@ from knport.errors import KNPortError, UnknownName, UnmatchedPattern
 
 BENCHMARKS: dict[str, Callable[[Options], Iterator[Case]]] = {
     "layers": layers.cases,
+    "stem": layers.stem_cases,
     "growth": growth.cases,
     "networks": networks.cases,
     "compile": networks.compile_cases,
@@ -50,7 +51,7 @@ def run(
     """Measure, and append one row per variant to the CSV.
 
     Args:
-        names: layers, growth, networks, compile, table6, table8, forms; none means all, but compile with
+        names: layers, stem, growth, networks, compile, table6, table8, forms; none means all, but compile with
             the eager engine and forms with the compiled one.
         threads: of PyTorch on the CPU.
         out: the CSV; rows are appended. None for the committed one, or for runs/benchmarks/quick.csv with --quick.

@@ -138,12 +138,12 @@ def _dropped(
     noise = torch.empty(2, *second.shape).normal_(std=math.sqrt(how.dropout / (keep * n)))
     shift, other = noise.to(second.dtype).unbind()
     third, fourth = higher
-    some = second.clamp_min(torch.finfo(second.dtype).tiny)
+    positive = second.clamp_min(torch.finfo(second.dtype).tiny)
     moved = second.sqrt().mul_(shift)
-    slope = third / some  # of m_2' against mu'
+    slope = third / positive  # of m_2' against mu'
     rest = fourth.addcmul_(slope, third, value=-1).clamp_min_(0).sqrt_()
     drawn_second = slope.mul_(moved).addcmul_(rest, other).add_(second).mul_(1 / keep)  # m_2'
-    scale, ratio = drawn_second / some, moved / some
+    scale, ratio = drawn_second / positive, moved / positive
     dropped = mean + moved
     var, floor = drawn_second.addcmul_(dropped, dropped, value=-1), moved.square()
     bounded = var <= floor
@@ -176,12 +176,13 @@ def statistics_backward(
     minus_twice = torch.mul(grad_rstd, rstd.pow(3), out=slope)  # -2 dL/dvar', bounded or not
     free = minus_twice.masked_fill(drawn.bounded, 0) if drawn and drawn.bounded is not None else minus_twice
     torch.mul(mean, free, out=constant)
-    kernel_too = grad_offset is not None and centred and how.kernel != how.window
-    if grad_offset is not None and (not centred or kernel_too):
+    # Filters of mean 0 take the kernel's own mean away: where that is mu, the offset's share in dL/dmu' cancels.
+    cancels = grad_offset is None or (centred and how.kernel == how.window)
+    if not cancels:
         constant.add_(grad_offset)
     times = -1.0
     if drawn:
-        grad_moved = constant if not centred or kernel_too else constant + grad_offset
+        grad_moved = constant + grad_offset if cancels else constant
         if free is not minus_twice:
             grad_moved = torch.addcmul(grad_moved, drawn.moved, minus_twice - free, value=-1)
         torch.mul(free, scale, out=slope).addcmul_(grad_moved, drawn.ratio, value=-1)
@@ -189,7 +190,7 @@ def statistics_backward(
         times = -scale
     size, channels = x.shape[2:], x.shape[1]
     constant, slope = box_mean_backward(how.window, maps, size, channels).unbind()
-    if kernel_too:
+    if centred and not cancels:
         constant = constant - box_mean_backward(how.kernel, grad_offset, size, channels)
     return constant, slope, times
 

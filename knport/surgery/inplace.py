@@ -79,7 +79,7 @@ def _is_fresh(graph: Graph, norm: Node, removed: set[int]) -> bool:
         source = graph.nodes[node.inputs[0]]
         if len(graph.readers[source.index]) != 1:
             return False
-        old = source.role in VIEWS or source.index in removed or (source.role == "add" and source.inplace)
-        if not old:
+        hands_on = source.role in VIEWS or source.index in removed or (source.role == "add" and source.inplace)
+        if not hands_on:
             return source.role in _FRESH or source.role == "norm"
         node = source
