@@ -215,6 +215,7 @@ def test_parts_add_up(layout, monkeypatch):
     weight = weight.detach().repeat(1, 13, 1, 1)
     results = []
     for size in (2**30, 2 * x[0].numel() * 4, 1):  # at once, two images at a time with one left over, one at a time
+        monkeypatch.setattr(cpu, "WHOLE", size)
         monkeypatch.setattr(cpu, "PART", size)
         torch.manual_seed(0)
         y = functional.kn_conv(x, weight, bias, **settings, dropout=0.1)

@@ -122,9 +122,8 @@ def kn_conv(
     Returns:
         (N, C_out, O, P), in the dtype that the convolution has here (autocast included).
     """
-    kernel_size = tuple(weight.shape[2:])
-    how = _units(kernel_size, stride, padding, dilation, norm_window, eps, dropout, dropout_form, padding_mode, groups)
-    output_size(x.shape[2:], *how.kernel)  # raises where the kernel does not fit
+    where_and_how = stride, padding, dilation, norm_window, eps, dropout, dropout_form, padding_mode, groups
+    how = _units(x.shape[2:], weight.shape[2:], *where_and_how)
     chosen = backend(x, how, weight, bias, statistics_given=statistics is not None).name
     if chosen == "triton":
         from knport.functional import gpu  # and Triton with it
@@ -152,29 +151,32 @@ def kn_conv_statistics(
     Arguments as `kn_conv`; `full_mean` is the mean of the unit under the kernel, whatever the window.
     """
     kernel_size = ntuple(kernel_size, x.dim() - 2, "kernel_size")
-    how = _units(kernel_size, stride, padding, dilation, norm_window, 0.0, dropout, dropout_form, padding_mode)
+    where_and_how = stride, padding, dilation, norm_window, 0.0, dropout, dropout_form, padding_mode
+    how = _units(x.shape[2:], kernel_size, *where_and_how)
     return _statistics(x, how)
 
 
-def _units(kernel_size: tuple[int, ...], *where_and_how) -> Units:
-    """The arguments of `kn_conv` in one place, looked up where they were seen before: on small layers it shows."""
+def _units(size, kernel_size, *where_and_how) -> Units:
+    """The arguments of `kn_conv` in one place, for an input of this size: looked up where they were seen before, which
+    shows on small layers."""
     if torch.compiler.is_compiling():
-        return _new_units(kernel_size, *where_and_how)
-    return _known_units(kernel_size, *map(_hashable, where_and_how))
+        return _new_units(size, kernel_size, *where_and_how)
+    try:
+        return _known_units(size, kernel_size, *where_and_how)
+    except TypeError:  # lists among the arguments, or the symbols that sizes are while they are traced
+        return _new_units(size, kernel_size, *where_and_how)
 
 
-def _new_units(kernel_size, stride, padding, dilation, norm_window, eps, dropout, form, mode, groups=1) -> Units:
+def _new_units(size, kernel_size, stride, padding, dilation, norm_window, eps, dropout, form, mode, groups=1) -> Units:
+    kernel_size = tuple(kernel_size)
     ndim = len(kernel_size)
     stride, dilation = ntuple(stride, ndim, "stride"), ntuple(dilation, ndim, "dilation")
     kernel = Box(kernel_size, stride, padding_pairs(padding, kernel_size, stride, dilation), dilation)
+    output_size(size, *kernel)  # raises where the kernel does not fit
     return Units(kernel, _window(kernel, norm_window), eps, dropout, form, mode, groups)
 
 
-_known_units = functools.lru_cache(maxsize=1024)(_new_units)
-
-
-def _hashable(value):
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+_known_units = functools.lru_cache(maxsize=4096)(_new_units)
 
 
 def _window(kernel: Box, norm_window) -> Box:

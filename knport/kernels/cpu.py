@@ -15,11 +15,12 @@ from torch import Tensor
 
 from knport.geometry import Pairs
 
-# Tensors of more bytes are gone through in parts. A temporary as large as a feature map is memory that the system maps
-# and clears anew in every step, which takes longer than the arithmetic; parts of this size come from the heap.
-PART = 2**21
+# Tensors of more bytes than WHOLE are gone through in parts of PART bytes. A larger temporary is memory that the system
+# maps and clears anew in every step, which takes longer than the arithmetic; parts cost their calls.
+WHOLE, PART = 2**24, 2**22
 # Sums over so few channels take a third of the time in a copy whose channels lie apart.
 FEW_CHANNELS = 8
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -29,11 +30,10 @@ def takes(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return False
-    return all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) and t.numel()
-        for t in tensors
-        if t is not None
-    )
+    for t in tensors:
+        if t is not None and not (t.dtype is torch.float32 and t.is_cpu and type(t) in _PLAIN and t.numel()):
+            return False
+    return True
 
 
 def channel_sums(x: Tensor, order: int) -> Tensor:
@@ -46,25 +46,29 @@ def channel_sums(x: Tensor, order: int) -> Tensor:
     Returns:
         (order, N, 1, H, W) in float32.
     """
-    if x.shape[1] <= FEW_CHANNELS:
+    n, channels, *size = x.shape
+    if channels <= FEW_CHANNELS:
         x = x.contiguous()
-    sums = x.new_empty(order, len(x), 1, *x.shape[2:])
-    torch.sum(x, 1, keepdim=True, out=sums[0])
-    rows = as_rows(x) is not None  # in any other order vector_norm is slow
-    if rows:
-        torch.linalg.vector_norm(x, dim=1, keepdim=True, out=sums[1])
-    for part, scratch, *powers in _parts(x, *sums[1:]) if order == 4 or not rows else ():
-        square = torch.mul(part, part, out=scratch)
-        if rows:
-            torch.linalg.vector_norm(square, dim=1, keepdim=True, out=powers[2])
-        else:
-            torch.sum(square, 1, keepdim=True, out=powers[0])
-            if order == 4:
-                torch.sum(square * square, 1, keepdim=True, out=powers[2])
-        if order == 4:
-            torch.sum(square.mul_(part), 1, keepdim=True, out=powers[1])
-    if rows:
+    sums = x.new_empty(order, n, 1, *size)
+    first, second, *higher = sums.unbind()
+    torch.sum(x, 1, keepdim=True, out=first)
+    if is_rows(x):  # in any other order vector_norm is slow
+        torch.linalg.vector_norm(x, dim=1, keepdim=True, out=second)
+        if not higher:
+            second.square_()
+            return sums
+        for part, scratch, third, fourth in _parts(x, *higher):
+            square = torch.mul(part, part, out=scratch)
+            torch.linalg.vector_norm(square, dim=1, keepdim=True, out=fourth)
+            torch.sum(square.mul_(part), 1, keepdim=True, out=third)
         sums[1::2].square_()
+        return sums
+    for part, scratch, *powers in _parts(x, second, *higher):
+        square = torch.mul(part, part, out=scratch)
+        torch.sum(square, 1, keepdim=True, out=powers[0])
+        if higher:
+            torch.sum(square * square, 1, keepdim=True, out=powers[2])
+            torch.sum(square.mul_(part), 1, keepdim=True, out=powers[1])
     return sums
 
 
@@ -82,7 +86,11 @@ def careful_means(x: Tensor, order: int) -> Tensor:
 
 def _parts(x: Tensor, *others: Tensor):
     """Runs of images of `x`, scratch memory for each, and the same images of the others."""
-    images = max(1, PART * len(x) // max(1, x.numel() * x.element_size()))
+    size = x.numel() * x.element_size()
+    if size <= WHOLE:
+        yield x, torch.empty_like(x), *others
+        return
+    images = max(1, PART * x.shape[0] // size)
     scratch = torch.empty_like(x[:images])
     for part, *rest in zip(x.split(images), *(other.split(images) for other in others), strict=True):
         yield part, scratch[: len(part)], *rest
@@ -156,7 +164,7 @@ class _Flat(NamedTuple):
 
     @classmethod
     def of(cls, y: Tensor) -> _Flat:
-        return cls(as_rows(y) is not None)
+        return cls(is_rows(y))
 
     def all(self, y: Tensor) -> Tensor:
         return as_rows(y) if self.rows else y.flatten(2)
@@ -172,19 +180,19 @@ class _Flat(NamedTuple):
     def over_channels(self, y: Tensor, vectors: Tensor) -> Tensor:
         """sum_c y_c vectors_rc: y (N, C, O, P), vectors (R, C) -> (N, R, O, P)."""
         if self.rows:
-            return (as_rows(y) @ vectors.t()).view(len(y), *y.shape[2:], -1).movedim(-1, 1)
-        return torch.matmul(vectors, y.flatten(2)).view(len(y), -1, *y.shape[2:])
+            return (as_rows(y) @ vectors.t()).view(y.shape[0], *y.shape[2:], -1).movedim(-1, 1)
+        return torch.matmul(vectors, y.flatten(2)).view(y.shape[0], -1, *y.shape[2:])
 
     def over_units(self, y: Tensor, maps: Tensor) -> Tensor:
         """sum over units of maps_r y_c: y (N, C, O, P), maps (N, R, O, P) -> (R, C); by images, on all cores."""
-        columns = as_rows(y).view(len(y), -1, y.shape[1]) if self.rows else y.flatten(2).transpose(1, 2)
+        columns = as_rows(y).view(y.shape[0], -1, y.shape[1]) if self.rows else y.flatten(2).transpose(1, 2)
         return torch.bmm(maps.flatten(2), columns).sum(0)
 
 
 def zero_padded(x: Tensor, pairs: Pairs) -> Tensor:
     """As `geometry.pad`, in the order of `x`; `F.pad` would clear the inner part too before it copies."""
     size = [length + before + after for length, (before, after) in zip(x.shape[2:], pairs, strict=True)]
-    last = as_rows(x) is not None and x.dim() in (4, 5)
+    last = x.dim() in (4, 5) and is_rows(x)
     order = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()] if last else torch.contiguous_format
     padded = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=order)
     inner = padded
@@ -212,11 +220,14 @@ def add_input_gradient(grad: Tensor, x: Tensor, constant: Tensor, slope: Tensor,
     return grad
 
 
-def as_rows(y: Tensor) -> Tensor | None:
-    """(N, C, O, P) in channels-last order as a matrix (N O P, C) over the same memory; None for any other order."""
-    if y.dim() == 4:  # in one call each
-        if not y.is_contiguous(memory_format=torch.channels_last):
-            return None
-        return y.as_strided((y.numel() // y.shape[1], y.shape[1]), (y.shape[1], 1))
-    rows = y.movedim(1, -1)
-    return rows.view(-1, y.shape[1]) if rows.is_contiguous() else None
+def is_rows(y: Tensor) -> bool:
+    """Whether (N, C, O, P) is in channels-last order: pixel after pixel a row of channels."""
+    if y.dim() == 4:  # in one call
+        return y.is_contiguous(memory_format=torch.channels_last)
+    return y.movedim(1, -1).is_contiguous()
+
+
+def as_rows(y: Tensor) -> Tensor:
+    """(N, C, O, P) in channels-last order as a matrix (N O P, C) over the same memory."""
+    channels = y.shape[1]
+    return y.as_strided((y.numel() // channels, channels), (channels, 1))

@@ -9,7 +9,9 @@ Legend: C channels that the maps are sums over, H x W the maps' size, O x P the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,45 +28,78 @@ def box_mean(box: Box, sums: Tensor, channels: int) -> Tensor:
 
     Exact sums (float64) and large maps are left to `Box.mean`.
     """
-    size = sums.shape[-len(box.kernel_size) :]
-    if not _suits(sums.dtype, size):
-        return _by_images(sums / channels, size, box.mean)
-    down, across = _bands(box, size, channels)
-    if down.numel() * across.numel() <= LARGEST_WHOLE:
-        units = sums.reshape(-1, size[0] * size[1]) @ _whole(box, size, channels)
-    else:
-        units = _product(down, sums, across.t())
-    return units.view(*sums.shape[:-2], len(down), len(across))
+    product = _mean(box, sums.shape, channels) if sums.dtype == torch.float32 else None
+    if product is not None:
+        return product(sums)
+    return _by_images(sums / channels, len(box.kernel_size), box.mean)
 
 
 def box_mean_backward(box: Box, grad: Tensor, size: Sequence[int], channels: int) -> Tensor:
     """The transpose of `box_mean`: (..., O, P) -> (..., H, W). size: (H, W)."""
-    units = grad.shape[-len(size) :]
-    if not _suits(grad.dtype, size):
-        return _by_images(grad / channels, units, lambda maps: box.mean_backward(maps, size))
-    down, across = _bands(box, size, channels)
-    if down.numel() * across.numel() <= LARGEST_WHOLE:
-        pixels = grad.reshape(-1, units[0] * units[1]) @ _whole(box, size, channels).t()
-    else:
-        pixels = _product(down.t(), grad, across)
-    return pixels.view(*grad.shape[:-2], *size)
+    product = _mean_backward(box, grad.shape, size, channels) if grad.dtype == torch.float32 else None
+    if product is not None:
+        return product(grad)
+    return _by_images(grad / channels, len(size), lambda maps: box.mean_backward(maps, size))
 
 
-def _suits(dtype: torch.dtype, size: Sequence[int]) -> bool:
-    return dtype == torch.float32 and len(size) == 2 and max(size) <= LARGEST_BAND
+class _Product(NamedTuple):
+    """left M right for every map M of a shape: what a call takes is looked up, not made."""
+
+    left: Tensor | None
+    """(R, O, H) for R maps; None where `right` is the matrix of whole maps, (H W, O P)."""
+    right: Tensor
+    """(W, P)"""
+    between: tuple[int, ...]
+    """(R, H, P)"""
+    result: tuple[int, ...]
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        product = maps.reshape(-1, len(self.right)) @ self.right
+        if self.left is not None:
+            product = torch.bmm(self.left, product.view(self.between))
+        return product.view(self.result)
+
+    @classmethod
+    def of(cls, shape: Sequence[int], left: Tensor, right: Tensor, whole: Tensor | None) -> _Product:
+        """shape: (..., H, W); left: (O, H); right: (W, P); whole: (H W, O P) or None."""
+        *maps, height, _ = shape
+        units, width = len(left), right.shape[1]
+        result = (*maps, units, width)
+        if whole is not None:
+            return cls(None, whole, (), result)
+        count = math.prod(maps)
+        return cls(left.expand(count, -1, -1), right, (count, height, width), result)
 
 
-def _by_images(maps: Tensor, size: Sequence[int], function) -> Tensor:
+def _by_images(maps: Tensor, ndim: int, function: Callable[[Tensor], Tensor]) -> Tensor:
     """`function` of (N, 1, H, W) on (..., H, W)."""
-    result = function(maps.reshape(-1, 1, *size))
-    return result.view(*maps.shape[: -len(size)], *result.shape[2:])
+    result = function(maps.reshape(-1, 1, *maps.shape[-ndim:]))
+    return result.view(*maps.shape[:-ndim], *result.shape[2:])
 
 
-def _product(down: Tensor, maps: Tensor, across: Tensor) -> Tensor:
-    """(O, H), (..., H, W) and (W, P) -> (N, O, P), N all that is in front."""
-    height, width = maps.shape[-2:]
-    wide = (maps.reshape(-1, width) @ across).view(-1, height, across.shape[1])
-    return torch.bmm(down.expand(len(wide), -1, -1), wide)
+@functools.lru_cache(maxsize=1024)
+def _mean(box: Box, shape: tuple[int, ...], channels: int) -> _Product | None:
+    """`box_mean` of maps of this shape; None where sums of shifted maps serve better."""
+    size = shape[-len(box.kernel_size) :]
+    if not _suits(size):
+        return None
+    with torch.inference_mode(False), torch.device("cpu"):
+        down, across = _bands(box, size, channels)
+        return _Product.of(shape, down, across.t(), _whole(down, across))
+
+
+@functools.lru_cache(maxsize=1024)
+def _mean_backward(box: Box, shape: tuple[int, ...], size: tuple[int, ...], channels: int) -> _Product | None:
+    """`box_mean_backward` of gradients of this shape."""
+    if not _suits(size):
+        return None
+    with torch.inference_mode(False), torch.device("cpu"):
+        down, across = _bands(box, size, channels)
+        return _Product.of(shape, down.t(), across, _whole(down.t(), across.t()))
+
+
+def _suits(size: Sequence[int]) -> bool:
+    return len(size) == 2 and max(size) <= LARGEST_BAND
 
 
 def _bands(box: Box, size: Sequence[int], channels: int) -> tuple[Tensor, Tensor]:
@@ -73,20 +108,18 @@ def _bands(box: Box, size: Sequence[int], channels: int) -> tuple[Tensor, Tensor
     return _band(size[0], *down, channels), _band(size[1], *across, 1)
 
 
-@functools.lru_cache(maxsize=512)
 def _band(length: int, k: int, stride: int, pair: tuple[int, int], dilation: int, divisor: int) -> Tensor:
     """(units, length): 1 / (k divisor) where a unit of this dimension has a pixel, 0 elsewhere."""
     before, after = pair
     units = (length + before + after - dilation * (k - 1) - 1) // stride + 1
-    with torch.inference_mode(False), torch.device("cpu"):
-        first = torch.arange(units)[:, None] * stride - before
-        place = torch.arange(length) - first  # of each pixel within each unit
-        inside = (place >= 0) & (place % dilation == 0) & (place // dilation < k)
-        return inside.float() / (k * divisor)
+    first = torch.arange(units)[:, None] * stride - before
+    place = torch.arange(length) - first  # of each pixel within each unit
+    inside = (place >= 0) & (place % dilation == 0) & (place // dilation < k)
+    return inside.float() / (k * divisor)
 
 
-@functools.lru_cache(maxsize=512)
-def _whole(box: Box, size: tuple[int, int], channels: int) -> Tensor:
-    """(H W, O P)"""
-    with torch.inference_mode(False), torch.device("cpu"):
-        return torch.kron(*_bands(box, size, channels)).t().contiguous()
+def _whole(down: Tensor, across: Tensor) -> Tensor | None:
+    """(H W, O P) from (O, H) and (P, W), where maps are small enough."""
+    if down.numel() * across.numel() > LARGEST_WHOLE:
+        return None
+    return torch.kron(down, across).t().contiguous()

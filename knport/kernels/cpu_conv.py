@@ -39,8 +39,8 @@ def kn_conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Units, formula:
         how: geometry, eps and dropout; the dropout form is "moments" or "expected".
         formula: (x, weight, bias, how, drawn=) -> y, the same by differentiable operators, for the second derivative.
     """
-    tensors = [t for t in (x, weight, bias) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    requires_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if requires_grad and torch.is_grad_enabled():
         return _KNConv.apply(x, weight, bias, how, formula)
     of_units, sums, convolved = _forward(x, weight, how)
     return _scale_and_shift(convolved, of_units, sums, bias, inplace=True)

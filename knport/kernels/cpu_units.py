@@ -62,10 +62,10 @@ class Drawn(NamedTuple):
     """What dropout did to every unit, (N, 1, O, P) each."""
 
     shift: Tensor
-    moved: Tensor
-    """mu' - mu"""
+    moved: Tensor | None
+    """mu' - mu, where any unit is bounded"""
     ratio: Tensor
-    """Twice the derivative of `moved` by m_2."""
+    """Twice the derivative of mu' - mu by m_2."""
     bounded: Tensor | None
     """Whether var' is (mu' - mu)^2; None where that is nowhere so."""
 
@@ -123,7 +123,8 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     else:
         rstd = reciprocal_sd(own_mean.float(), var.float().clamp_min_(0), how.eps)
     offset = mean if not centred else None if own_mean is mean else mean - own_mean
-    mean, rstd, offset = (m if m is None else m.float() for m in (mean, rstd, offset))
+    if excess > 0:
+        mean, offset = mean.float(), None if offset is None else offset.float()
     return Statistics(mean, rstd, offset, centred, scale, None)
 
 
@@ -138,25 +139,27 @@ def _dropped(
     noise = torch.empty(2, *second.shape).normal_(std=math.sqrt(how.dropout / (keep * n)))
     shift, other = noise.to(second.dtype).unbind()
     third, fourth = higher
-    positive = second.clamp_min(torch.finfo(second.dtype).tiny)
-    moved = second.sqrt().mul_(shift)
+    positive = second if plain else second.clamp_min(torch.finfo(second.dtype).tiny)
+    quotients = second.new_empty(2, *second.shape)
+    drawn_second, moved = quotients.unbind()
+    torch.mul(second.sqrt(), shift, out=moved)
     slope = third / positive  # of m_2' against mu'
     rest = fourth.addcmul_(slope, third, value=-1).clamp_min_(0).sqrt_()
-    drawn_second = slope.mul_(moved).addcmul_(rest, other).add_(second).mul_(1 / keep)  # m_2'
-    scale, ratio = drawn_second / positive, moved / positive
+    torch.addcmul(second, slope, moved, out=drawn_second).addcmul_(rest, other).mul_(1 / keep)  # m_2'
+    scale, ratio = (quotients / positive).unbind()
     dropped = mean + moved
-    var, floor = drawn_second.addcmul_(dropped, dropped, value=-1), moved.square()
-    bounded = var <= floor
-    if bounded.any().item():
+    var = torch.addcmul(drawn_second, dropped, dropped, value=-1)
+    bounded = None
+    if torch.addcmul(var, moved, moved, value=-1).min().item() <= 0:
+        floor = moved.square()
+        bounded = var <= floor
         var = torch.maximum(var, floor)
-    else:
-        bounded = None
     rstd = var.add_(how.eps).rsqrt_() if plain else reciprocal_sd(own_mean.float(), var.float(), how.eps)
     offset = dropped if not centred else moved if own_mean is mean else dropped - own_mean
-    dropped, rstd, offset, scale, shift, moved, ratio = (
-        m.float() for m in (dropped, rstd, offset, scale, shift, moved, ratio)
-    )
-    return Statistics(dropped, rstd, offset, centred, scale, Drawn(shift, moved, ratio, bounded))
+    if second.dtype != torch.float32:
+        dropped, offset, scale, shift, moved, ratio = (m.float() for m in (dropped, offset, scale, shift, moved, ratio))
+    drawn = Drawn(shift, None if bounded is None else moved, ratio, bounded)
+    return Statistics(dropped, rstd, offset, centred, scale, drawn)
 
 
 def statistics_backward(

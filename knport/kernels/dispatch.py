@@ -40,7 +40,10 @@ class Backend(NamedTuple):
     name: str
     """ "cpu", "triton" or "eager"."""
     reason: str
-    """Why these; of the first and the last, why not the Triton kernels."""
+    """Why these; of the last, why not the Triton kernels."""
+
+
+_CPU = Backend("cpu", "plain float32 tensors on a CPU")
 
 
 def backend(
@@ -55,21 +58,24 @@ def backend(
         norm: whether this is a KernelNorm, not a convolution.
         statistics_given: whether the statistics were taken beforehand.
     """
-    given = "the statistics were taken beforehand" if statistics_given else None
-    reason = given or _no_triton(x, how, parameters, norm)
+    if statistics_given:
+        return Backend("eager", "the statistics were taken beforehand")
+    operation = WISH != "eager" and takes(x, *parameters) and _is_closed(x, how, norm)
+    if operation and WISH == "auto":  # before more is asked: on small layers it shows
+        return _CPU
+    reason = _no_triton(x, how, parameters, norm)
     if reason is None:
         return Backend("triton", f"{x.dtype} on {x.device.type}" if x.is_cuda else "interpreted")
-    if not (given or WISH == "eager") and _is_closed(x, how, norm) and takes(x, *parameters):
-        return Backend("cpu", reason)
-    return Backend("eager", reason)
+    return _CPU if operation else Backend("eager", reason)
 
 
 def _is_closed(x: Tensor, how: Units, norm: bool) -> bool:
     """Whether what dropout does to these units is two numbers for each; masks and other paddings are not."""
-    if norm and how.kernel.stride != how.kernel.kernel_size:
+    if how.padding_mode != "zeros" or (norm and how.kernel.stride != how.kernel.kernel_size):
         return False
-    drawn = how.dropout_form == "moments" and x.shape[1] * how.window.places >= SMALLEST_GAUSSIAN_UNIT
-    return how.padding_mode == "zeros" and (not how.dropout or how.dropout_form == "expected" or drawn)
+    if not how.dropout or how.dropout_form == "expected":
+        return True
+    return how.dropout_form == "moments" and x.shape[1] * how.window.places >= SMALLEST_GAUSSIAN_UNIT
 
 
 def _no_triton(x: Tensor, how: Units, parameters: tuple[Tensor | None, ...], norm: bool) -> str | None:

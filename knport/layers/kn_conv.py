@@ -70,8 +70,8 @@ class _KNConv(StatisticsDropout):
                 f"{type(self).__name__}: input of shape {tuple(x.shape)} has {x.shape[1]} channels; "
                 f"expected {self.in_channels}"
             )
-        where = (self.stride, self.padding, self.dilation)
-        how = {"norm_window": self.norm_window, "padding_mode": self.padding_mode, **self._dropout_now()}
+        where, how = (self.stride, self.padding, self.dilation), self._dropout_now()
+        how["norm_window"], how["padding_mode"] = self.norm_window, self.padding_mode
         statistics = None
         if self.statistics_hook is not None:
             statistics = functional.kn_conv_statistics(x, self.kernel_size, *where, **how)
