@@ -127,7 +127,7 @@ def test_a_layer_keeps_two_full_size_tensors():
 # ---- cases
 
 
-@pytest.mark.parametrize("benchmark", [name for name in BENCHMARKS if name not in ("compile", "table6")])
+@pytest.mark.parametrize("benchmark", [name for name in BENCHMARKS if name not in ("compile", "reach", "table6")])
 def test_a_quick_case_of_every_benchmark(benchmark):
     case = next(iter(BENCHMARKS[benchmark](Options(quick=True))))
     rows = run_case(case, QUICK)
@@ -181,6 +181,35 @@ def test_compiled_variants_count_graph_breaks(monkeypatch, build, breaks):
     eager, compiled = run_case(case, QUICK)
     assert eager.graph_breaks is None and compiled.graph_breaks == breaks
     assert compiled.engine == "compiled" and compiled.ratio > 0
+
+
+def test_reach_is_of_one_layer_in_three_ways(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    training, inference = layers.reach_cases(Options(quick=True))
+    for case in (training, inference):
+        rows = {row.variant: row for row in run_case(case, QUICK)}
+        assert all(row.ratio > 0 and not row.note for row in rows.values())
+        compiled = {name for name, row in rows.items() if row.engine == "compiled"}
+        assert compiled == {names.ALONE, names.ALONE_PLAIN} and not any(rows[name].graph_breaks for name in compiled)
+        assert {name: row.dropout for name, row in rows.items() if "p=0" in name} == dict.fromkeys(
+            (names.PLAIN, names.STRAIGHT_PLAIN, names.ALONE_PLAIN), 0.0
+        )
+    assert not list(layers.reach_cases(Options(device="cuda")))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_operators_alone_are_the_layer(p, training):
+    layer = KNConv2d(**GEOMETRY, dropout=p).train(training)
+    alone = names.StraightKNConv2d(**GEOMETRY, size=(8, 8), dropout=p).train(training)
+    alone.load_state_dict(layer.state_dict())
+    found = []
+    for module in (layer, alone):
+        x = torch.randn(2, GEOMETRY["in_channels"], 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        torch.manual_seed(2)
+        y = module(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, *module.parameters()))))
+    assert all(map(torch.equal, *found))
 
 
 def test_a_training_step_leaves_no_gradients_and_keeps_the_layout():
@@ -342,6 +371,21 @@ def test_bars_by_median_and_worst():
     older = [row(case=str(i), ratio=r) for i, r in enumerate((1.2, 1.25, 1.3))]
     assert lines(bars.table([*older, *good], 2))[key][3] == "1.25"
     assert lines(bars.table([*older, *older, *older, *older, *good], 2))[key][3] == "1.25, 1.25, 1.25"
+
+
+def test_reach_is_shown_where_all_of_it_was_measured():
+    plain = (names.PLAIN, names.STRAIGHT_PLAIN, names.ALONE_PLAIN)
+    moments = (names.MOMENTS, names.STRAIGHT, names.ALONE)
+    kinds = [(v, "training") for v in plain] + [(v, mode) for v in moments for mode in ("training", "inference")]
+    rows = [
+        row(
+            benchmark="reach", variant=v, mode=mode, ratio=1 + i / 10, engine="compiled" if "compiled" in v else "eager"
+        )
+        for i, (v, mode) in enumerate(kinds)
+    ]
+    found = lines(bars.reach(rows, 2))
+    assert found["KNConv2d"] == ["1.00", "1.30", "1.40"] and found["compiled by itself"] == ["1.20", "1.70", "1.80"]
+    assert bars.reach(rows[1:], 2) == bars.reach([], 2) == ""
 
 
 def test_bars_of_networks_growth_and_compiling():

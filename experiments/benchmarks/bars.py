@@ -72,7 +72,8 @@ def bars(*, csv: Path = OUT, threads: int = 2, into: Path | None = None) -> None
         into: a Markdown file; what stands between its two marker comments is replaced by the table, and by the pictures
             that `plot` has put beside the file.
     """
-    text = table(read(csv), threads)
+    rows = read(csv)
+    text = "\n\n".join(filter(None, (table(rows, threads), reach(rows, threads))))
     print(text)
     if into is not None:
         pictures = [f"![{path.stem.replace('_', ' of ', 1)}]({path.name})" for path in _pictures(into.parent)]
@@ -85,6 +86,26 @@ def table(rows: list[Row], threads: int) -> str:
     lines = [_line(bar, cpu) for bar in CPU_BARS] + [_line(bar, gpu) for bar in GPU_BARS]
     markdown = Table(("", "measured", "bar", "met", f"the {EARLIER} before"), tuple(lines), names=1).markdown()
     return "\n\n".join([markdown, *filter(None, (_source(cpu.rows), _source(gpu.rows)))])
+
+
+def reach(rows: list[Row], threads: int) -> str:
+    """What an eager network can reach, as Markdown: a KNConv2d, its operators alone, and compiled by itself."""
+    cpu = Rows(rows, cuda=False, threads=threads)
+    kinds = {
+        "KNConv2d": (names.PLAIN, names.MOMENTS, "eager"),
+        "its operators alone": (names.STRAIGHT_PLAIN, names.STRAIGHT, "eager"),
+        "compiled by itself": (names.ALONE_PLAIN, names.ALONE, "compiled"),
+    }
+    lines = []
+    for kind, (plain, moments, engine) in kinds.items():
+        measured = [(plain, "training"), (moments, "training"), (moments, "inference")]
+        found = [cpu.layers(variant, mode, benchmark="reach", engine=engine) for variant, mode in measured]
+        if not all(found):
+            return ""
+        lines.append(tuple(map(Text, (kind, *(_median_and_worst([row.ratio for row in rows]) for rows in found)))))
+    lines.append(tuple(map(Text, ("bar", "1.05, worst 1.15", "1.10, worst 1.20", "1.10"))))
+    header = (f"in an eager network, in one run / {BN}", "training, dropout 0", "training, dropout 0.05", "inference")
+    return Table(header, tuple(lines), names=1).markdown()
 
 
 def _line(bar: Bar, rows: Rows) -> tuple[Text, ...]:
@@ -114,10 +135,14 @@ def _ratios(choose: Callable[[Rows], list[Row]], median: float, worst: float | N
         if not found:
             return None
         middle, top = statistics.median(found), max(found)
-        met = middle <= median and (worst is None or top <= worst)
-        return Result(f"{middle:.2f}" if len(found) == 1 else f"{middle:.2f}, worst {top:.2f} of {len(found)}", met)
+        return Result(_median_and_worst(found), middle <= median and (worst is None or top <= worst))
 
     return judge
+
+
+def _median_and_worst(ratios: list[float]) -> str:
+    middle = f"{statistics.median(ratios):.2f}"
+    return middle if len(ratios) == 1 else f"{middle}, worst {max(ratios):.2f} of {len(ratios)}"
 
 
 def _published(rows: Rows) -> Result | None:

@@ -11,11 +11,18 @@ from torchvision.models.convnext import LayerNorm2d
 
 from experiments.benchmarks.measure import Variant
 from knport import KNConv2d
+from knport.errors import KNPortError
 from knport.functional import naive
+from knport.geometry import Box, output_size, padding_pairs
+from knport.kernels import cpu_conv
+from knport.kernels.cpu_units import Units
 
 CONV, BATCH, GROUP, LAYER = "Conv2d", "Conv2d+BatchNorm2d", "Conv2d+GroupNorm(32)", "Conv2d+LayerNorm"
 PLAIN, MOMENTS, SHARED, UNIT = "KNConv2d p=0", "KNConv2d moments", "KNConv2d shared", "KNConv2d unit"
 PUBLISHED, PUBLISHED_PLAIN = "unfold shared", "unfold p=0"
+# A KNConv2d by two ways of doing with less, in an otherwise eager network: see `layers.reach_cases`.
+STRAIGHT_PLAIN, STRAIGHT = "its operators alone p=0", "its operators alone moments"
+ALONE_PLAIN, ALONE = "compiled by itself p=0", "compiled by itself moments"
 DROPOUT = 0.05
 
 
@@ -32,6 +39,28 @@ class UnfoldKNConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         where = (self.stride, self.padding, self.dilation, self.groups)
         return naive.kn_conv(x, self.weight, self.bias, *where, dropout=self.dropout, dropout_form="shared")
+
+
+class StraightKNConv2d(KNConv2d):
+    """The operators that a KNConv2d runs on CPUs and nothing before them: no hooks, no look at the arguments, no choice
+    of kernels. For one size of input, kernels of one group, and as in `KNConv2d` dropout "moments"."""
+
+    def __init__(self, *args, size: tuple[int, int], **kwargs):
+        super().__init__(*args, **kwargs)
+        pairs = padding_pairs(self.padding, self.kernel_size, self.stride, self.dilation)
+        box = Box(self.kernel_size, self.stride, pairs, self.dilation)
+        output_size(size, *box)
+        self.how = {form: Units(box, box, self.eps, self.dropout, form) for form in ("moments", "expected")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        how = self.how["moments" if self.training else "expected"]
+        return cpu_conv.kn_conv(x, self.weight, self.bias, how, _no_formula)
+
+    __call__ = forward
+
+
+def _no_formula(*args, **kwargs):
+    raise KNPortError("StraightKNConv2d has no second derivative; use KNConv2d")
 
 
 class PrimitiveBatchNorm2d(nn.BatchNorm2d):

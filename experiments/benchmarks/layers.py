@@ -1,4 +1,4 @@
-"""`layers`, `forms` and `stem`: one layer, against convolution + BatchNorm, the other norms, and its own other forms.
+"""`layers`, `reach`, `forms`, `stem`: one layer, against convolution + BatchNorm, the other norms, and its own forms.
 
 A training step is forward and backward with a random gradient of the output, the input's gradient included; inference
 is evaluation mode without gradients, where the forms of dropout are one and the same. Shapes are those of feature maps
@@ -27,6 +27,11 @@ QUICK = ((2, 32, 8, 3),)
 GPU_IMAGES = 16
 LAYERS = (names.CONV, names.BATCH, names.GROUP, names.LAYER, names.PLAIN, names.MOMENTS)
 FORMS = (names.PLAIN, names.MOMENTS, names.SHARED, names.UNIT, names.PUBLISHED, names.PUBLISHED_PLAIN)
+# What `reach` measures beside the baseline: a KNConv2d of each dropout, and the same with less around it.
+REACH = {
+    names.PLAIN: (names.STRAIGHT_PLAIN, names.ALONE_PLAIN),
+    names.MOMENTS: (names.STRAIGHT, names.ALONE),
+}
 STEMS = (names.CONV, names.BATCH, names.PLAIN)
 COMPILED = (names.BATCH, names.PLAIN, names.MOMENTS)  # the others would only add minutes of compiling
 
@@ -43,6 +48,33 @@ def form_cases(options: Options) -> Iterator[Case]:
     in_evaluation = tuple(name for name in FORMS if name not in (names.SHARED, names.UNIT))
     chosen = {"training": FORMS, "inference": in_evaluation}
     yield from _cases("forms", options, "channels_last", chosen, names.MOMENTS)
+
+
+def reach_cases(options: Options) -> Iterator[Case]:
+    """What is to be gained in an eager network beyond what a KNConv2d does: its operators without the Python around
+    them, and what torch.compile makes of the layer by itself. On CPUs."""
+    if options.device != "cpu":
+        return
+    for n, channels, side, k in QUICK if options.quick else SHAPES:
+        geometry = {"in_channels": channels, "out_channels": channels, "kernel_size": k, "padding": k // 2}
+        for mode in ("training", "inference"):
+            variants = [competitor(names.BATCH, geometry)]
+            for name, (straight, alone) in REACH.items():
+                ours = competitor(name, geometry)
+                p = ours.columns["dropout"]
+                build = partial(names.StraightKNConv2d, **geometry, size=(side, side), dropout=p)
+                variants += [ours, replace(ours, name=straight, build=build)]
+                variants.append(replace(ours, name=alone, engine="compiled"))
+            yield Case(
+                benchmark="reach",
+                name=f"N{n} C{channels} {side}x{side} k{k}",
+                variants=tuple(variants),
+                baseline=names.BATCH,
+                shape=(n, channels, side, side),
+                mode=mode,
+                seconds=12.0 if mode == "training" else 6.0,
+                columns={"C_out": channels, "k": k, "stride": 1},
+            )
 
 
 def stem_cases(options: Options) -> Iterator[Case]:

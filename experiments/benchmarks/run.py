@@ -19,6 +19,7 @@ from knport.errors import KNPortError, UnknownName, UnmatchedPattern
 
 BENCHMARKS: dict[str, Callable[[Options], Iterator[Case]]] = {
     "layers": layers.cases,
+    "reach": layers.reach_cases,
     "stem": layers.stem_cases,
     "growth": growth.cases,
     "networks": networks.cases,
@@ -27,7 +28,7 @@ BENCHMARKS: dict[str, Callable[[Options], Iterator[Case]]] = {
     "table8": published.table8,
     "forms": layers.form_cases,
 }
-EAGER_ONLY, COMPILED_ONLY = ("forms",), ("compile",)
+EAGER_ONLY, COMPILED_ONLY = ("forms", "reach"), ("compile",)
 LARGEST_ON_HEAP = 2**25  # bytes; glibc's greatest dynamic threshold
 QUICK_OUT = Path("runs") / "benchmarks" / "quick.csv"
 
@@ -51,13 +52,13 @@ def run(
     """Measure, and append one row per variant to the CSV.
 
     Args:
-        names: layers, stem, growth, networks, compile, table6, table8, forms; none means all, but compile with
-            the eager engine and forms with the compiled one.
+        names: layers, reach, stem, growth, networks, compile, table6, table8, forms; none means all, but compile with
+            the eager engine, forms and reach with the compiled one.
         threads: of PyTorch on the CPU.
         out: the CSV; rows are appended. None for the committed one, or for runs/benchmarks/quick.csv with --quick.
         quick: one tiny case of each kind, a few rounds: to see that everything runs, not to quote.
         device: cpu or cuda.
-        engine: eager or compiled; whatever this says, compile measures both and forms eager.
+        engine: eager or compiled; whatever this says, compile and reach measure both and forms eager.
         dtype: bfloat16 and float16 run under autocast.
         layouts: of the layers benchmark; the others are channels_last.
         cases: globs on the cases' names, as the CSV has them, e.g. "knresnet18 batch 32".

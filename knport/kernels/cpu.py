@@ -93,7 +93,7 @@ def _parts(x: Tensor, *others: Tensor):
     images = max(1, PART * x.shape[0] // size)
     scratch = torch.empty_like(x[:images])
     for part, *rest in zip(x.split(images), *(other.split(images) for other in others), strict=True):
-        yield part, scratch[: len(part)], *rest
+        yield part, scratch[: part.shape[0]], *rest
 
 
 def scale_and_shift(
@@ -120,8 +120,8 @@ def scale_and_shift(
     result = convolved if inplace else torch.empty_like(convolved)  # no view, which could not be edited in place
     y = at.all(convolved)
     out = y if inplace else at.all(result)
-    for map_, vector in zip(offset.split(1, 1), vectors, strict=True) if offset is not None else ():
-        y = torch.addcmul(y, at.map(map_), at.vector(vector), value=-1, out=out)
+    for r in range(0 if offset is None else offset.shape[1]):
+        y = torch.addcmul(y, at.map(offset.narrow(1, r, 1)), at.vector(vectors.select(0, r)), value=-1, out=out)
     if bias is None:
         torch.mul(y, at.map(rstd), out=out)
     else:
@@ -146,11 +146,14 @@ def scale_and_shift_backward(
     torch.mul(grad, rstd, out=scaled)
     if offset is None:
         return scaled, grad_rstd, None, None, grad.sum((0, *range(2, grad.dim()))) if has_bias else None
-    at, rank = _Flat.of(grad), len(vectors)
+    at, rank = _Flat.of(grad), vectors.shape[0]
     along = at.over_channels(grad, vectors)
-    grad_rstd -= (offset * along).sum(1, keepdim=True)
+    if rank == 1:
+        grad_rstd.addcmul_(offset, along, value=-1)
+    else:
+        grad_rstd -= (offset * along).sum(1, keepdim=True)
     # The gradients of vectors and bias are sums over units with other factors: one pass.
-    factors = grad.new_ones(len(grad), rank + has_bias, *grad.shape[2:])
+    factors = grad.new_ones(grad.shape[0], rank + has_bias, *grad.shape[2:])
     torch.mul(offset, rstd, out=factors[:, :rank])
     sums = at.over_units(grad, factors)
     return scaled, grad_rstd, along.mul_(-rstd), -sums[:rank], sums[rank] if has_bias else None

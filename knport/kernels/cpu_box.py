@@ -54,7 +54,7 @@ class _Product(NamedTuple):
     result: tuple[int, ...]
 
     def __call__(self, maps: Tensor) -> Tensor:
-        product = maps.reshape(-1, len(self.right)) @ self.right
+        product = maps.reshape(-1, self.right.shape[0]) @ self.right
         if self.left is not None:
             product = torch.bmm(self.left, product.view(self.between))
         return product.view(self.result)
