@@ -159,12 +159,12 @@ def kn_conv_statistics(
 def _units(size, kernel_size, *where_and_how) -> Units:
     """The arguments of `kn_conv` in one place, for an input of this size: looked up where they were seen before, which
     shows on small layers."""
-    if torch.compiler.is_compiling():
-        return _new_units(size, kernel_size, *where_and_how)
-    try:
-        return _known_units(size, kernel_size, *where_and_how)
-    except TypeError:  # lists among the arguments, or the symbols that sizes are while they are traced
-        return _new_units(size, kernel_size, *where_and_how)
+    if not torch.compiler.is_compiling():
+        try:
+            return _known_units(size, kernel_size, *where_and_how)
+        except TypeError:  # lists among the arguments, or the symbols that sizes are while they are traced
+            pass
+    return _new_units(size, kernel_size, *where_and_how)
 
 
 def _new_units(size, kernel_size, stride, padding, dilation, norm_window, eps, dropout, form, mode, groups=1) -> Units:

@@ -40,10 +40,10 @@ class Backend(NamedTuple):
     name: str
     """ "cpu", "triton" or "eager"."""
     reason: str
-    """Why these; of the last, why not the Triton kernels."""
+    """Why these; where there are others than Triton's, why not those."""
 
 
-_CPU = Backend("cpu", "plain float32 tensors on a CPU")
+_CPU = Backend("cpu", "the input is on a CPU; the Triton kernels are for GPUs")
 
 
 def backend(
@@ -66,7 +66,7 @@ def backend(
     reason = _no_triton(x, how, parameters, norm)
     if reason is None:
         return Backend("triton", f"{x.dtype} on {x.device.type}" if x.is_cuda else "interpreted")
-    return _CPU if operation else Backend("eager", reason)
+    return Backend("cpu" if operation else "eager", reason)
 
 
 def _is_closed(x: Tensor, how: Units, norm: bool) -> bool:
