@@ -182,9 +182,11 @@ class _Flat(NamedTuple):
 
     def over_channels(self, y: Tensor, vectors: Tensor) -> Tensor:
         """sum_c y_c vectors_rc: y (N, C, O, P), vectors (R, C) -> (N, R, O, P)."""
-        if self.rows:
-            return (as_rows(y) @ vectors.t()).view(y.shape[0], *y.shape[2:], -1).movedim(-1, 1)
-        return torch.matmul(vectors, y.flatten(2)).view(y.shape[0], -1, *y.shape[2:])
+        n, channels, *size = y.shape
+        if self.rows:  # by images, on all cores
+            rows = as_rows(y).view(n, -1, channels)
+            return torch.bmm(rows, vectors.t().expand(n, -1, -1)).transpose(1, 2).reshape(n, -1, *size)
+        return torch.matmul(vectors, y.flatten(2)).view(n, -1, *size)
 
     def over_units(self, y: Tensor, maps: Tensor) -> Tensor:
         """sum over units of maps_r y_c: y (N, C, O, P), maps (N, R, O, P) -> (R, C); by images, on all cores."""

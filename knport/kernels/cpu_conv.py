@@ -92,7 +92,7 @@ def _sums(weight: Tensor) -> Tensor:
 
 
 def _centred(weight: Tensor, sums: Tensor) -> Tensor:
-    return torch.sub(weight, sums, alpha=len(sums) / weight.numel())
+    return torch.sub(weight, sums, alpha=sums.shape[0] / weight.numel())
 
 
 def _of_filters(grad: Tensor, grad_sums: Tensor | None, centred: bool) -> Tensor:
