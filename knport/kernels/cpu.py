@@ -1,14 +1,12 @@
 """The passes over full-size tensors on CPUs: every operator here is one that PyTorch vectorizes in both layouts.
 
 `avg_pool2d` on a one-channel map is not, nor `var_mean`, nor `addcmul` with a map (N, 1, H, W) among its factors, but
-for tensors flattened as by `_Flat`: there it multiplies by a map and adds a vector in one pass.
+for tensors flattened as by `_Rows`: there it multiplies by a map and adds a vector in one pass.
 
 Legend: N images, C channels, H x W the input's map, O x P the units, L = O P, R terms.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,8 +112,8 @@ def scale_and_shift(
         bias: (C,) or None.
         inplace: overwrite `convolved`.
     """
-    at = _Flat.of(convolved)
-    if not (at.rows or convolved.is_contiguous()):
+    at = _flat(convolved)
+    if not (at is _Rows or convolved.is_contiguous()):
         convolved = convolved.contiguous()
     result = convolved if inplace else torch.empty_like(convolved)  # no view, which could not be edited in place
     y = at.all(convolved)
@@ -146,7 +144,7 @@ def scale_and_shift_backward(
     torch.mul(grad, rstd, out=scaled)
     if offset is None:
         return scaled, grad_rstd, None, None, grad.sum((0, *range(2, grad.dim()))) if has_bias else None
-    at, rank = _Flat.of(grad), vectors.shape[0]
+    at, rank = _flat(grad), vectors.shape[0]
     along = at.over_channels(grad, vectors)
     if rank == 1:
         grad_rstd.addcmul_(offset, along, value=-1)
@@ -159,39 +157,65 @@ def scale_and_shift_backward(
     return scaled, grad_rstd, along.mul_(-rstd), -sums[:rank], sums[rank] if has_bias else None
 
 
-class _Flat(NamedTuple):
-    """How to see (N, C, O, P) as rows of channels, (L, C), in channels-last order, or else as (N, C, L): with fewer
-    dimensions a map or a vector among the factors costs no more than a number."""
+class _Rows:
+    """How to see (N, C, O, P) in channels-last order: as rows of channels, (L, C). With fewer dimensions a map or a
+    vector among the factors costs no more than a number."""
 
-    rows: bool
+    @staticmethod
+    def all(y: Tensor) -> Tensor:
+        return as_rows(y)
 
-    @classmethod
-    def of(cls, y: Tensor) -> _Flat:
-        return cls(is_rows(y))
-
-    def all(self, y: Tensor) -> Tensor:
-        return as_rows(y) if self.rows else y.flatten(2)
-
-    def map(self, y: Tensor) -> Tensor:
+    @staticmethod
+    def map(y: Tensor) -> Tensor:
         """(N, 1, O, P), to multiply by."""
-        return y.reshape(-1, 1) if self.rows else y.flatten(2)
+        return y.reshape(-1, 1)
 
-    def vector(self, y: Tensor) -> Tensor:
+    @staticmethod
+    def vector(y: Tensor) -> Tensor:
         """(C,), to multiply by."""
-        return y if self.rows else y[:, None]
+        return y
 
-    def over_channels(self, y: Tensor, vectors: Tensor) -> Tensor:
-        """sum_c y_c vectors_rc: y (N, C, O, P), vectors (R, C) -> (N, R, O, P)."""
+    @staticmethod
+    def over_channels(y: Tensor, vectors: Tensor) -> Tensor:
+        """sum_c y_c vectors_rc: y (N, C, O, P), vectors (R, C) -> (N, R, O, P); by images, on all cores."""
         n, channels, *size = y.shape
-        if self.rows:  # by images, on all cores
-            rows = as_rows(y).view(n, -1, channels)
-            return torch.bmm(rows, vectors.t().expand(n, -1, -1)).transpose(1, 2).reshape(n, -1, *size)
+        sums = torch.bmm(as_rows(y).view(n, -1, channels), vectors.t().expand(n, -1, -1))
+        return sums.transpose(1, 2).reshape(n, -1, *size)
+
+    @staticmethod
+    def over_units(y: Tensor, maps: Tensor) -> Tensor:
+        """sum over units of maps_r y_c: y (N, C, O, P), maps (N, R, O, P) -> (R, C); by images, on all cores."""
+        n, channels = y.shape[:2]
+        return torch.bmm(maps.flatten(2), as_rows(y).view(n, -1, channels)).sum(0)
+
+
+class _Columns:
+    """As `_Rows`, for any other order: as (N, C, L)."""
+
+    @staticmethod
+    def all(y: Tensor) -> Tensor:
+        return y.flatten(2)
+
+    @staticmethod
+    def map(y: Tensor) -> Tensor:
+        return y.flatten(2)
+
+    @staticmethod
+    def vector(y: Tensor) -> Tensor:
+        return y[:, None]
+
+    @staticmethod
+    def over_channels(y: Tensor, vectors: Tensor) -> Tensor:
+        n, _, *size = y.shape
         return torch.matmul(vectors, y.flatten(2)).view(n, -1, *size)
 
-    def over_units(self, y: Tensor, maps: Tensor) -> Tensor:
-        """sum over units of maps_r y_c: y (N, C, O, P), maps (N, R, O, P) -> (R, C); by images, on all cores."""
-        columns = as_rows(y).view(y.shape[0], -1, y.shape[1]) if self.rows else y.flatten(2).transpose(1, 2)
-        return torch.bmm(maps.flatten(2), columns).sum(0)
+    @staticmethod
+    def over_units(y: Tensor, maps: Tensor) -> Tensor:
+        return torch.bmm(maps.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
+
+
+def _flat(y: Tensor) -> type[_Rows] | type[_Columns]:
+    return _Rows if is_rows(y) else _Columns
 
 
 def zero_padded(x: Tensor, pairs: Pairs) -> Tensor:
@@ -216,8 +240,8 @@ def add_input_gradient(grad: Tensor, x: Tensor, constant: Tensor, slope: Tensor,
     """
     if grad.stride() != x.stride():
         return (x * slope).mul_(times).add_(constant).add_(grad)
-    at = _Flat.of(x)
-    if not at.rows and not x.is_contiguous():
+    at = _flat(x)
+    if not (at is _Rows or x.is_contiguous()):
         return grad.add_((x * slope).mul_(times)).add_(constant)
     flat = at.all(grad)
     flat.addcmul_(at.all(x), at.map(slope), value=times)

@@ -40,12 +40,10 @@ class StatisticsDropout:
         return text if self.eval_stats == "expected" else f"{text}, eval_stats={self.eval_stats!r}"
 
 
-def with_batch(x: Tensor, ndim: int, layer: object) -> tuple[Tensor, bool]:
-    """`x` with a batch dimension, and whether one was added; an error for any other number of dimensions."""
-    if x.dim() == ndim + 2:
-        return x, False
+def with_batch(x: Tensor, ndim: int, layer: object) -> Tensor:
+    """`x`, which has no batch dimension, with one; an error for any other number of dimensions."""
     if x.dim() == ndim + 1:
-        return x.unsqueeze(0), True
+        return x.unsqueeze(0)
     size = ("L", "H, W", "D, H, W")[ndim - 1]
     raise KNPortError(
         f"{type(layer).__name__}: input of shape {tuple(x.shape)}; expected (N, C, {size}) or unbatched (C, {size})"

@@ -31,7 +31,9 @@ class _KernelNorm(StatisticsDropout, nn.Module):
         self._set_dropout(dropout, eps, eval_stats, dropout_form)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, unbatched = with_batch(x, self.ndim, self)
+        unbatched = x.dim() != self.ndim + 2
+        if unbatched:
+            x = with_batch(x, self.ndim, self)
         y = functional.kernel_norm(x, self.kernel_size, self.stride, self.padding, eps=self.eps, **self._dropout_now())
         return y.squeeze(0) if unbatched else y
 

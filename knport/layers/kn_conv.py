@@ -64,7 +64,9 @@ class _KNConv(StatisticsDropout):
         self._set_dropout(dropout, eps, eval_stats, dropout_form)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, unbatched = with_batch(x, self.ndim, self)
+        unbatched = x.dim() != self.ndim + 2
+        if unbatched:
+            x = with_batch(x, self.ndim, self)
         if x.shape[1] != self.in_channels:
             raise KNPortError(
                 f"{type(self).__name__}: input of shape {tuple(x.shape)} has {x.shape[1]} channels; "
