@@ -50,24 +50,22 @@ class _Product(NamedTuple):
     right: Tensor
     """(W, P)"""
     between: tuple[int, ...]
-    """(R, H, P)"""
+    """(R, H, P), or of whole maps (R, H W)"""
     result: tuple[int, ...]
 
     def __call__(self, maps: Tensor) -> Tensor:
-        product = maps.reshape(-1, self.right.shape[0]) @ self.right
-        if self.left is not None:
-            product = torch.bmm(self.left, product.view(self.between))
-        return product.view(self.result)
+        if self.left is None:
+            return torch.matmul(maps.reshape(self.between), self.right).view(self.result)
+        return torch.bmm(self.left, torch.matmul(maps, self.right).view(self.between)).view(self.result)
 
     @classmethod
     def of(cls, shape: Sequence[int], left: Tensor, right: Tensor, whole: Tensor | None) -> _Product:
         """shape: (..., H, W); left: (O, H); right: (W, P); whole: (H W, O P) or None."""
         *maps, height, _ = shape
         units, width = len(left), right.shape[1]
-        result = (*maps, units, width)
+        count, result = math.prod(maps), (*maps, units, width)
         if whole is not None:
-            return cls(None, whole, (), result)
-        count = math.prod(maps)
+            return cls(None, whole, (count, len(whole)), result)
         return cls(left.expand(count, -1, -1), right, (count, height, width), result)
 
 

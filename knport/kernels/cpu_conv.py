@@ -9,13 +9,14 @@ backward pass: x, c and one-channel maps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from knport.geometry import pad
+from knport.geometry import Box, Pairs, pad
 from knport.kernels import cpu
 from knport.kernels.cpu_units import (
     Statistics,
@@ -96,37 +97,38 @@ def _centred(weight: Tensor, sums: Tensor) -> Tensor:
 
 
 def _of_filters(grad: Tensor, grad_sums: Tensor | None, centred: bool) -> Tensor:
-    """The gradient of the filters as given, from that of the filters used and that of their sums, (1, C_out)."""
+    """The gradient of the filters as given, from that of the filters used, which is overwritten, and that of their
+    sums, (1, C_out)."""
     if centred:
-        grad = _centred(grad, _sums(grad))
+        grad = grad.sub_(_sums(grad), alpha=grad.shape[0] / grad.numel())
     return grad if grad_sums is None else grad.add_(grad_sums.view(-1, *(1,) * (grad.dim() - 1)))
 
 
 def _convolve(x: Tensor, weight: Tensor, how: Units) -> Tensor:
-    x, padding = _padded(x, how)
-    _, stride, _, dilation = how.kernel
-    where = (stride, padding, dilation, False, [0] * len(padding), how.groups)
-    return torch.convolution(x, weight, None, *where)
+    where, pairs = _where(how.kernel, how.groups)
+    return torch.convolution(x if pairs is None else cpu.zero_padded(x, pairs), weight, None, *where)
 
 
 def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, how: Units, wanted) -> tuple[Tensor, Tensor]:
-    padded, padding = _padded(x, how)
-    _, stride, pairs, dilation = how.kernel
-    where = (stride, padding, dilation, False, [0] * len(padding), how.groups)
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+    where, pairs = _where(how.kernel, how.groups)
+    padded = x if pairs is None else cpu.zero_padded(x, pairs)
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
         grad, padded, weight, None, *where, [wanted[0], wanted[1], False]
     )
-    if grad_x is not None and padded is not x:
+    if grad_x is not None and pairs is not None:
         grad_x = pad(grad_x, tuple((-before, -after) for before, after in pairs))
     return grad_x, grad_weight
 
 
-def _padded(x: Tensor, how: Units) -> tuple[Tensor, list[int]]:
-    """`x` and the padding that is left to the convolution, which knows no asymmetric one.
+@functools.lru_cache(maxsize=1024)
+def _where(kernel: Box, groups: int) -> tuple[tuple, Pairs | None]:
+    """What `torch.convolution` takes after the bias, and what is to be padded before it, which knows no asymmetric
+    padding; None for nothing.
 
     The padded copy is made again for the backward pass: kept, it would be one more full-size tensor.
     """
-    pairs = how.kernel.padding
+    _, stride, pairs, dilation = kernel
+    none = [0] * len(pairs)
     if all(before == after for before, after in pairs):
-        return x, [before for before, _ in pairs]
-    return cpu.zero_padded(x, pairs), [0] * len(pairs)
+        return (stride, [before for before, _ in pairs], dilation, False, none, groups), None
+    return (stride, none, dilation, False, none, groups), pairs
