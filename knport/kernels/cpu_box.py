@@ -106,6 +106,7 @@ def _bands(box: Box, size: Sequence[int], channels: int) -> tuple[Tensor, Tensor
     return _band(size[0], *down, channels), _band(size[1], *across, 1)
 
 
+@functools.lru_cache(maxsize=512)
 def _band(length: int, k: int, stride: int, pair: tuple[int, int], dilation: int, divisor: int) -> Tensor:
     """(units, length): 1 / (k divisor) where a unit of this dimension has a pixel, 0 elsewhere."""
     before, after = pair
