@@ -33,6 +33,7 @@ GEOMETRIES = {
     "replicate": (5, 7, 3, 2, 2, 1, 1, "replicate", None),
     "circular": (5, 7, 2, 1, ((1, 0), (0, 1)), 1, 1, "circular", None),
     "patches": (3, 7, 4, 4, 0, 1, 1, "zeros", None),
+    "large": (3, 7, (6, 5), (2, 1), 2, 1, 1, "zeros", None),
     "pointwise, wider window": (5, 7, 1, 1, 0, 1, 1, "zeros", 3),
     "strided, even window": (5, 7, 3, 2, 1, 1, 1, "zeros", (4, 5)),
     "window smaller than kernel": (5, 7, 3, 1, 1, 1, 1, "zeros", 1),

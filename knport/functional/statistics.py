@@ -118,6 +118,11 @@ def unit_mean(x: Tensor, kernel_size, stride, padding: Pairs, dilation, *, paddi
         return box(box.pad(x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))))
 
 
+# Windows of more pixels PyTorch's compiler leaves to the operator, a read for each pixel; one dimension after the other
+# they are fused, and 7 x 7 take 14 reads.
+LARGEST_FUSED = 25
+
+
 class _Box:
     """The mean over the spatial part of every unit, for maps of any number of channels."""
 
@@ -135,11 +140,20 @@ class _Box:
         if max(self.dilation) == 1:
             if max(self.kernel_size) == 1 and max(self.stride) == 1:
                 return maps
-            return _AVERAGE_POOL[ndim](maps, self.kernel_size, self.stride)
+            return self._pooled(maps)
         flat = maps.flatten(0, 1).unsqueeze(1)  # (N, K, H, W) -> (N K, 1, H, W)
         ones = maps.new_full((1, 1, *self.kernel_size), 1 / math.prod(self.kernel_size))
         means = _CONVOLVE[ndim](flat, ones, stride=self.stride, dilation=self.dilation)
         return means.squeeze(1).unflatten(0, maps.shape[:2])
+
+    def _pooled(self, maps: Tensor) -> Tensor:
+        pool, ndim = _AVERAGE_POOL[len(self.kernel_size)], len(self.kernel_size)
+        if math.prod(self.kernel_size) <= LARGEST_FUSED:
+            return pool(maps, self.kernel_size, self.stride)
+        for dim in range(ndim):
+            k, s = ([of[dim] if i == dim else 1 for i in range(ndim)] for of in (self.kernel_size, self.stride))
+            maps = pool(maps, k, s)
+        return maps
 
     def positions(self, x: Tensor):
         """For each place in the kernel, the entries of all units at that place: (N, C, O, P)."""
