@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.benchmarks import competitors as names
-from experiments.benchmarks import growth, networks
+from experiments.benchmarks import growth, layers, networks
 from experiments.benchmarks.memory import MIB
 from experiments.benchmarks.rows import OUT, Row, before, latest, read
 from experiments.markers import rewrite
@@ -91,18 +91,15 @@ def table(rows: list[Row], threads: int) -> str:
 def reach(rows: list[Row], threads: int) -> str:
     """What an eager network can reach, as Markdown: a KNConv2d, its operators alone, and compiled by itself."""
     cpu = Rows(rows, cuda=False, threads=threads)
-    kinds = {
-        "KNConv2d": (names.PLAIN, names.MOMENTS, "eager"),
-        "its operators alone": (names.STRAIGHT_PLAIN, names.STRAIGHT, "eager"),
-        "compiled by itself": (names.ALONE_PLAIN, names.ALONE, "compiled"),
-    }
+    plain, moments = ((name, *others) for name, others in layers.REACH.items())
+    kinds = (("KNConv2d", "eager"), ("its operators alone", "eager"), ("compiled by itself", "compiled"))
     lines = []
-    for kind, (plain, moments, engine) in kinds.items():
-        measured = [(plain, "training"), (moments, "training"), (moments, "inference")]
+    for (kind, engine), without, drawn in zip(kinds, plain, moments, strict=True):
+        measured = [(without, "training"), (drawn, "training"), (drawn, "inference")]
         found = [cpu.layers(variant, mode, benchmark="reach", engine=engine) for variant, mode in measured]
         if not all(found):
             return ""
-        lines.append(tuple(map(Text, (kind, *(_median_and_worst([row.ratio for row in rows]) for rows in found)))))
+        lines.append(tuple(map(Text, (kind, *(_median_and_worst([row.ratio for row in each]) for each in found)))))
     lines.append(tuple(map(Text, ("bar", "1.05, worst 1.15", "1.10, worst 1.20", "1.10"))))
     header = (f"in an eager network, in one run / {BN}", "training, dropout 0", "training, dropout 0.05", "inference")
     return Table(header, tuple(lines), names=1).markdown()

@@ -13,9 +13,8 @@ from experiments.benchmarks.measure import Variant
 from knport import KNConv2d
 from knport.errors import KNPortError
 from knport.functional import naive
-from knport.geometry import Box, output_size, padding_pairs
+from knport.functional.efficient import _units
 from knport.kernels import cpu_conv
-from knport.kernels.cpu_units import Units
 
 CONV, BATCH, GROUP, LAYER = "Conv2d", "Conv2d+BatchNorm2d", "Conv2d+GroupNorm(32)", "Conv2d+LayerNorm"
 PLAIN, MOMENTS, SHARED, UNIT = "KNConv2d p=0", "KNConv2d moments", "KNConv2d shared", "KNConv2d unit"
@@ -47,10 +46,8 @@ class StraightKNConv2d(KNConv2d):
 
     def __init__(self, *args, size: tuple[int, int], **kwargs):
         super().__init__(*args, **kwargs)
-        pairs = padding_pairs(self.padding, self.kernel_size, self.stride, self.dilation)
-        box = Box(self.kernel_size, self.stride, pairs, self.dilation)
-        output_size(size, *box)
-        self.how = {form: Units(box, box, self.eps, self.dropout, form) for form in ("moments", "expected")}
+        where = (size, self.kernel_size, self.stride, self.padding, self.dilation, self.norm_window)
+        self.how = {form: _units(*where, self.eps, self.dropout, form, "zeros") for form in ("moments", "expected")}
 
     def forward(self, x: Tensor) -> Tensor:
         how = self.how["moments" if self.training else "expected"]

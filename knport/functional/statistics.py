@@ -147,7 +147,9 @@ class _Box:
         return means.squeeze(1).unflatten(0, maps.shape[:2])
 
     def _pooled(self, maps: Tensor) -> Tensor:
-        pool, ndim = _AVERAGE_POOL[len(self.kernel_size)], len(self.kernel_size)
+        """The mean where no pixel of the kernel is left out."""
+        ndim = len(self.kernel_size)
+        pool = _AVERAGE_POOL[ndim]
         if math.prod(self.kernel_size) <= LARGEST_FUSED:
             return pool(maps, self.kernel_size, self.stride)
         for dim in range(ndim):

@@ -52,10 +52,7 @@ def channel_sums(x: Tensor, order: int) -> Tensor:
     torch.sum(x, 1, keepdim=True, out=first)
     if is_rows(x):  # in any other order vector_norm is slow
         torch.linalg.vector_norm(x, dim=1, keepdim=True, out=second)
-        if not higher:
-            second.square_()
-            return sums
-        for part, scratch, third, fourth in _parts(x, *higher):
+        for part, scratch, third, fourth in _parts(x, *higher) if higher else ():
             square = torch.mul(part, part, out=scratch)
             torch.linalg.vector_norm(square, dim=1, keepdim=True, out=fourth)
             torch.sum(square.mul_(part), 1, keepdim=True, out=third)

@@ -28,15 +28,16 @@ def box_mean(box: Box, sums: Tensor, channels: int) -> Tensor:
 
     Exact sums (float64) and large maps are left to `Box.mean`.
     """
-    product = _mean(box, sums.shape, channels) if sums.dtype == torch.float32 else None
+    ndim = len(box.kernel_size)
+    product = _product(box, sums.shape, sums.shape[-ndim:], channels, False) if sums.dtype == torch.float32 else None
     if product is not None:
         return product(sums)
-    return _by_images(sums / channels, len(box.kernel_size), box.mean)
+    return _by_images(sums / channels, ndim, box.mean)
 
 
 def box_mean_backward(box: Box, grad: Tensor, size: Sequence[int], channels: int) -> Tensor:
     """The transpose of `box_mean`: (..., O, P) -> (..., H, W). size: (H, W)."""
-    product = _mean_backward(box, grad.shape, size, channels) if grad.dtype == torch.float32 else None
+    product = _product(box, grad.shape, size, channels, True) if grad.dtype == torch.float32 else None
     if product is not None:
         return product(grad)
     return _by_images(grad / channels, len(size), lambda maps: box.mean_backward(maps, size))
@@ -50,8 +51,9 @@ class _Product(NamedTuple):
     right: Tensor
     """(W, P)"""
     between: tuple[int, ...]
-    """(R, H, P), or of whole maps (R, H W)"""
+    """The shape of M right, (R, H, P), or where `left` is None of the maps as rows, (R, H W)."""
     result: tuple[int, ...]
+    """(..., O, P)"""
 
     def __call__(self, maps: Tensor) -> Tensor:
         if self.left is None:
@@ -75,25 +77,19 @@ def _by_images(maps: Tensor, ndim: int, function: Callable[[Tensor], Tensor]) ->
     return result.view(*maps.shape[:-ndim], *result.shape[2:])
 
 
-@functools.lru_cache(maxsize=1024)
-def _mean(box: Box, shape: tuple[int, ...], channels: int) -> _Product | None:
-    """`box_mean` of maps of this shape; None where sums of shifted maps serve better."""
-    size = shape[-len(box.kernel_size) :]
+@functools.lru_cache(maxsize=2048)
+def _product(
+    box: Box, shape: tuple[int, ...], size: tuple[int, ...], channels: int, transposed: bool
+) -> _Product | None:
+    """`box_mean`, or if `transposed` its transpose, of tensors of this shape; None where sums of shifted maps serve
+    better. size: (H, W), of the maps that means are taken of."""
     if not _suits(size):
         return None
     with torch.inference_mode(False), torch.device("cpu"):
         down, across = _bands(box, size, channels)
+        if transposed:
+            down, across = down.t(), across.t()
         return _Product.of(shape, down, across.t(), _whole(down, across))
-
-
-@functools.lru_cache(maxsize=1024)
-def _mean_backward(box: Box, shape: tuple[int, ...], size: tuple[int, ...], channels: int) -> _Product | None:
-    """`box_mean_backward` of gradients of this shape."""
-    if not _suits(size):
-        return None
-    with torch.inference_mode(False), torch.device("cpu"):
-        down, across = _bands(box, size, channels)
-        return _Product.of(shape, down.t(), across, _whole(down.t(), across.t()))
 
 
 def _suits(size: Sequence[int]) -> bool:

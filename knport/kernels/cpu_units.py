@@ -123,7 +123,7 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     else:
         rstd = reciprocal_sd(own_mean.float(), var.float().clamp_min_(0), how.eps)
     offset = mean if not centred else None if own_mean is mean else mean - own_mean
-    if excess > 0:
+    if mean.dtype != torch.float32:
         mean, offset = mean.float(), None if offset is None else offset.float()
     return Statistics(mean, rstd, offset, centred, scale, None)
 

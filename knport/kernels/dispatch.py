@@ -60,13 +60,13 @@ def backend(
     """
     if statistics_given:
         return Backend("eager", "the statistics were taken beforehand")
-    operation = WISH != "eager" and takes(x, *parameters) and _is_closed(x, how, norm)
-    if operation and WISH == "auto":  # before more is asked: on small layers it shows
+    suits_cpu = WISH != "eager" and takes(x, *parameters) and _is_closed(x, how, norm)
+    if suits_cpu and WISH == "auto":  # before more is asked: on small layers it shows
         return _CPU
     reason = _no_triton(x, how, parameters, norm)
     if reason is None:
         return Backend("triton", f"{x.dtype} on {x.device.type}" if x.is_cuda else "interpreted")
-    return Backend("cpu" if operation else "eager", reason)
+    return Backend("cpu" if suits_cpu else "eager", reason)
 
 
 def _is_closed(x: Tensor, how: Units, norm: bool) -> bool:
