@@ -1,16 +1,18 @@
-"""Means over boxes of one-channel maps on CPUs: products with banded matrices, whatever the kernel.
+"""Means over boxes of one-channel maps on CPUs: all maps at once, in a handful of calls, whatever the kernel.
 
-On maps it is the calls that cost, and sums of shifted maps are `k_h + k_w` calls, each on a view of its own. Two
-products, down and across, take their place; where a map is small, one with the matrix of all its pixels.
+On maps it is the calls that cost, and short rows. So the maps are laid one after the other in one stretch of memory,
+with zeros between rows and between maps in which no box can see a neighbour. There a sum along a dimension is a sum of
+shifted copies of the whole stretch: one call on an overlapping view, in long vectors. Where a map is small, a product
+with the matrix of all its pixels takes fewer calls.
 
-Legend: C channels that the maps are sums over, H x W the maps' size, O x P the units.
+Legend: C channels that the maps are sums over, H x W the maps' size (any number of dimensions), O x P the units.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,103 +20,151 @@ from torch import Tensor
 
 from knport.geometry import Box
 
-# From here on the zeros of the matrices cost more than the calls saved: pixels along a side, pixels times units.
-LARGEST_BAND = 128
-LARGEST_WHOLE = 2**12
+# Pixels times units of a map, from where on the zeros of the matrix cost more than the calls saved.
+LARGEST_MATRIX = 2**12
 
 
 def box_mean(box: Box, sums: Tensor, channels: int) -> Tensor:
     """The mean over every unit of what was summed over channels: (..., H, W) -> (..., O, P).
 
-    Exact sums (float64) and large maps are left to `Box.mean`.
+    In float64 that of a constant is the constant, to the last digit.
     """
-    ndim = len(box.kernel_size)
-    product = _product(box, sums.shape, sums.shape[-ndim:], channels, False) if sums.dtype == torch.float32 else None
-    if product is not None:
-        return product(sums)
-    return _by_images(sums / channels, ndim, box.mean)
+    exact = sums.dtype == torch.float64
+    return _mean(box, sums.shape, sums.shape[-len(box.kernel_size) :], channels, False, exact)(sums)
 
 
 def box_mean_backward(box: Box, grad: Tensor, size: Sequence[int], channels: int) -> Tensor:
     """The transpose of `box_mean`: (..., O, P) -> (..., H, W). size: (H, W)."""
-    product = _product(box, grad.shape, size, channels, True) if grad.dtype == torch.float32 else None
-    if product is not None:
-        return product(grad)
-    return _by_images(grad / channels, len(size), lambda maps: box.mean_backward(maps, size))
+    return _mean(box, grad.shape, size, channels, True, grad.dtype == torch.float64)(grad)
+
+
+@functools.lru_cache(maxsize=2048)
+def _mean(
+    box: Box, shape: tuple[int, ...], size: tuple[int, ...], channels: int, transposed: bool, exact: bool
+) -> _Product | _Shifts:
+    """`box_mean`, or if `transposed` its transpose, of tensors of this shape: what a call takes is looked up, not made.
+    size: (H, W), of the maps that means are taken of."""
+    lines = [_Line.of(*line, transposed) for line in zip(size, *box, strict=True)]
+    lead = shape[: -len(size)]
+    if not exact and math.prod(line.pixels * line.units for line in lines) <= LARGEST_MATRIX:
+        return _Product.of(lead, lines, channels * box.places)
+    return _Shifts.of(lead, lines, channels * box.places)
+
+
+class _Line(NamedTuple):
+    """One dimension, seen as padded with zeros: pixel i lies at `first + i step`, unit o begins at `o stride` and has k
+    places `dilation` apart. The transpose is another such line: pixels and units change places."""
+
+    pixels: int
+    first: int
+    step: int
+    units: int
+    stride: int
+    k: int
+    dilation: int
+
+    @classmethod
+    def of(cls, length: int, k: int, stride: int, pair: tuple[int, int], dilation: int, transposed: bool) -> _Line:
+        before, after = pair
+        reach = dilation * (k - 1)
+        units = (length + before + after - reach - 1) // stride + 1
+        if transposed:
+            return cls(units, reach - before, stride, length, 1, k, dilation)
+        return cls(length, before, 1, units, stride, k, dilation)
+
+    @property
+    def end(self) -> int:
+        """Where the padded line ends."""
+        return (self.units - 1) * self.stride + self.dilation * (self.k - 1) + 1
+
+    @property
+    def seen(self) -> range:
+        """The pixels that lie on it; negative padding crops."""
+        return range(max(0, -(self.first // self.step)), min(self.pixels, (self.end - 1 - self.first) // self.step + 1))
+
+    @property
+    def begin(self) -> int:
+        """Where the first pixel seen lies."""
+        return self.first + self.seen.start * self.step
+
+    @property
+    def pitch(self) -> int:
+        """The distance to the next line at which no unit sees its pixels, nor it this one's. They share zeros."""
+        return max(self.end - self.begin, self.begin + (len(self.seen) - 1) * self.step + 1)
+
+    def matrix(self) -> Tensor:
+        """(pixels, units): 1 where a unit has a pixel, 0 elsewhere."""
+        place = self.first + torch.arange(self.pixels)[:, None] * self.step - torch.arange(self.units) * self.stride
+        return ((place >= 0) & (place % self.dilation == 0) & (place // self.dilation < self.k)).float()
 
 
 class _Product(NamedTuple):
-    """left M right for every map M of a shape: what a call takes is looked up, not made."""
+    """Maps as rows, times one matrix."""
 
-    left: Tensor | None
-    """(R, O, H) for R maps; None where `right` is the matrix of whole maps, (H W, O P)."""
-    right: Tensor
-    """(W, P)"""
-    between: tuple[int, ...]
-    """The shape of M right, (R, H, P), or where `left` is None of the maps as rows, (R, H W)."""
+    matrix: Tensor
+    """(H W, O P)"""
+    rows: tuple[int, int]
+    """The shape of the maps as rows, (R, H W)."""
     result: tuple[int, ...]
     """(..., O, P)"""
 
     def __call__(self, maps: Tensor) -> Tensor:
-        if self.left is None:
-            return torch.matmul(maps.reshape(self.between), self.right).view(self.result)
-        return torch.bmm(self.left, torch.matmul(maps, self.right).view(self.between)).view(self.result)
+        return torch.matmul(maps.reshape(self.rows), self.matrix).view(self.result)
 
     @classmethod
-    def of(cls, shape: Sequence[int], left: Tensor, right: Tensor, whole: Tensor | None) -> _Product:
-        """shape: (..., H, W); left: (O, H); right: (W, P); whole: (H W, O P) or None."""
-        *maps, height, _ = shape
-        units, width = len(left), right.shape[1]
-        count, result = math.prod(maps), (*maps, units, width)
-        if whole is not None:
-            return cls(None, whole, (count, len(whole)), result)
-        return cls(left.expand(count, -1, -1), right, (count, height, width), result)
+    def of(cls, lead: Sequence[int], lines: Sequence[_Line], entries: int) -> _Product:
+        with torch.inference_mode(False), torch.device("cpu"):
+            matrix = functools.reduce(torch.kron, [line.matrix() for line in lines]).div_(entries)
+        return cls(matrix, (math.prod(lead), len(matrix)), (*lead, *(line.units for line in lines)))
 
 
-def _by_images(maps: Tensor, ndim: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function` of (N, 1, H, W) on (..., H, W)."""
-    result = function(maps.reshape(-1, 1, *maps.shape[-ndim:]))
-    return result.view(*maps.shape[:-ndim], *result.shape[2:])
+class _Shifts(NamedTuple):
+    """Sums of shifted copies of one stretch of memory."""
 
+    length: int
+    """Of the stretch."""
+    crop: tuple[slice, ...] | None
+    """The part of the maps that units see; None for all."""
+    places: tuple[tuple[int, ...], tuple[int, ...], int]
+    """Size, strides and offset of that part in the stretch."""
+    shifts: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    """For each dimension, size and strides of its shifted copies, (k, length)."""
+    result: tuple[tuple[int, ...], tuple[int, ...]]
+    """Size and strides of (..., O, P) in the last sum."""
+    entries: int
+    """Of a unit, to divide by."""
 
-@functools.lru_cache(maxsize=2048)
-def _product(
-    box: Box, shape: tuple[int, ...], size: tuple[int, ...], channels: int, transposed: bool
-) -> _Product | None:
-    """`box_mean`, or if `transposed` its transpose, of tensors of this shape; None where sums of shifted maps serve
-    better. size: (H, W), of the maps that means are taken of."""
-    if not _suits(size):
-        return None
-    with torch.inference_mode(False), torch.device("cpu"):
-        down, across = _bands(box, size, channels)
-        if transposed:
-            down, across = down.t(), across.t()
-        return _Product.of(shape, down, across.t(), _whole(down, across))
+    def __call__(self, maps: Tensor) -> Tensor:
+        stretch = maps.new_zeros(self.length)
+        stretch.as_strided(*self.places).copy_(maps if self.crop is None else maps[self.crop])
+        for copies in self.shifts:
+            stretch = stretch.as_strided(*copies).sum(0)
+        return torch.div(stretch.as_strided(*self.result), self.entries)
 
+    @classmethod
+    def of(cls, lead: Sequence[int], lines: Sequence[_Line], entries: int) -> _Shifts:
+        # how far apart pixels of the padded maps are in the stretch, dimension by dimension, the leading ones too
+        pitches = [*lead[1:], *(line.pitch for line in lines), 1]
+        apart = [math.prod(pitches[i:]) for i in range(len(lead) + len(lines))]
+        of_maps, of_pixels = apart[: len(lead)], apart[len(lead) :]
 
-def _suits(size: Sequence[int]) -> bool:
-    return len(size) == 2 and max(size) <= LARGEST_BAND
+        def last(sizes, strides) -> int:
+            return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
+        seen = (*lead, *(len(line.seen) for line in lines))
+        of_seen = (*of_maps, *(line.step * d for line, d in zip(lines, of_pixels, strict=True)))
+        begin = sum(line.begin * d for line, d in zip(lines, of_pixels, strict=True))
+        units = (*lead, *(line.units for line in lines))
+        of_units = (*of_maps, *(line.stride * d for line, d in zip(lines, of_pixels, strict=True)))
 
-def _bands(box: Box, size: Sequence[int], channels: int) -> tuple[Tensor, Tensor]:
-    """(O, H), divided by the channels too, and (P, W)."""
-    down, across = zip(*box, strict=True)
-    return _band(size[0], *down, channels), _band(size[1], *across, 1)
-
-
-@functools.lru_cache(maxsize=512)
-def _band(length: int, k: int, stride: int, pair: tuple[int, int], dilation: int, divisor: int) -> Tensor:
-    """(units, length): 1 / (k divisor) where a unit of this dimension has a pixel, 0 elsewhere."""
-    before, after = pair
-    units = (length + before + after - dilation * (k - 1) - 1) // stride + 1
-    first = torch.arange(units)[:, None] * stride - before
-    place = torch.arange(length) - first  # of each pixel within each unit
-    inside = (place >= 0) & (place % dilation == 0) & (place // dilation < k)
-    return inside.float() / (k * divisor)
-
-
-def _whole(down: Tensor, across: Tensor) -> Tensor | None:
-    """(H W, O P) from (O, H) and (P, W), where maps are small enough."""
-    if down.numel() * across.numel() > LARGEST_WHOLE:
-        return None
-    return torch.kron(down, across).t().contiguous()
+        length = last(units, of_units) + 1
+        shifts = []
+        for line, distance in zip(lines, of_pixels, strict=True):
+            if line.k > 1:
+                shifts.append(((line.k, length), (line.dilation * distance, 1)))
+                length += line.dilation * distance * (line.k - 1)
+        whole = all(len(line.seen) == line.pixels for line in lines)
+        crop = None if whole else (..., *(slice(line.seen.start, line.seen.stop) for line in lines))
+        length = max(length, begin + last(seen, of_seen) + 1)
+        # the last dimension first: the stretch shrinks from sum to sum
+        return cls(length, crop, (seen, of_seen, begin), tuple(reversed(shifts)), (units, of_units), entries)
