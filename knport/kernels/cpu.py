@@ -34,7 +34,7 @@ def takes(*tensors: Tensor | None) -> bool:
     return True
 
 
-def channel_sums(x: Tensor, order: int) -> Tensor:
+def channel_sums(x: Tensor, order: int) -> list[Tensor]:
     """The sums of x, x^2 and, for order 4, x^3 and x^4 over the channels of every pixel.
 
     Args:
@@ -42,35 +42,57 @@ def channel_sums(x: Tensor, order: int) -> Tensor:
         order: 2 or 4.
 
     Returns:
-        (order, N, 1, H, W) in float32.
+        `order` maps (N, 1, H, W) in float32.
     """
     n, channels, *size = x.shape
     if channels <= FEW_CHANNELS:
         x = x.contiguous()
+    elif is_rows(x):
+        if order == 2:
+            second, first = _dots(x, x)
+            return [first, second]
+        parts = [(*_dots(part, square), *_dots(square, square)) for part, square in _squares(x)]
+        third, first, fourth, second = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        return [first, second, third, fourth]
     sums = x.new_empty(order, n, 1, *size)
     first, second, *higher = sums.unbind()
     torch.sum(x, 1, keepdim=True, out=first)
-    if is_rows(x):  # in any other order vector_norm is slow
-        torch.linalg.vector_norm(x, dim=1, keepdim=True, out=second)
-        for part, scratch, third, fourth in _parts(x, *higher) if higher else ():
-            square = torch.mul(part, part, out=scratch)
-            torch.linalg.vector_norm(square, dim=1, keepdim=True, out=fourth)
-            torch.sum(square.mul_(part), 1, keepdim=True, out=third)
-        sums[1::2].square_()
-        return sums
     for part, scratch, *powers in _parts(x, second, *higher):
         square = torch.mul(part, part, out=scratch)
         torch.sum(square, 1, keepdim=True, out=powers[0])
         if higher:
             torch.sum(square * square, 1, keepdim=True, out=powers[2])
             torch.sum(square.mul_(part), 1, keepdim=True, out=powers[1])
-    return sums
+    return [first, second, *higher]
+
+
+_NO_MEAN, _UNIT_RSTD = torch.zeros(1, 1), torch.ones(1, 1)
+
+
+def _dots(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of y z and of y over the channels of every pixel, in one pass: (N, C, H, W) -> (N, 1, H, W) each.
+
+    y and z are in channels-last order. This is the pass in which GroupNorm's backward takes the gradients of gain and
+    bias, with a mean of 0 and an SD of 1, and pixels in place of its channels.
+    """
+    n, channels, *size = y.shape
+    pixels = y.numel() // channels
+    rows = (1, pixels, channels), (pixels * channels, channels, 1)
+    _, dots, sums = torch.ops.aten.native_group_norm_backward.default(
+        y.as_strided(*rows), z.as_strided(*rows), _NO_MEAN, _UNIT_RSTD, None, 1, pixels, channels, 1, (False, True, True)
+    )
+    return dots.view(n, 1, *size), sums.view(n, 1, *size)
+
+
+def _squares(x):
+    for part, scratch in _parts(x):
+        yield part, torch.mul(part, part, out=scratch)
 
 
 def careful_means(x: Tensor, order: int) -> Tensor:
     """As `channel_sums`, but means, in float64, and the variance taken about the mean: E[u^2] - mu^2 then keeps what
     cancels."""
-    means = channel_sums(x, order).double().div_(x.shape[1])
+    means = torch.stack(channel_sums(x, order)).double().div_(x.shape[1])
     mean, square, *_ = means
     for part, scratch, center, var in _parts(x, mean.float(), square):
         deviation = torch.sub(part, center, out=scratch)
@@ -136,7 +158,8 @@ def scale_and_shift_backward(
     if grad.stride() != convolved.stride():  # two orders at once are slow: expanded, or not channels-last
         grad = torch.empty_like(convolved).copy_(grad)
     grad_rstd, scaled = torch.empty_like(rstd), torch.empty_like(grad)
-    # the products lie in the memory of the result, which is overwritten after
+    # The products lie in the memory of the result, which is overwritten after. `_dots` would take less time, and the
+    # convolution that follows as much more.
     torch.sum(torch.mul(grad, convolved, out=scaled), 1, keepdim=True, out=grad_rstd)
     torch.mul(grad, rstd, out=scaled)
     if offset is None:
