@@ -48,7 +48,14 @@ RESULTS = Path("experiments/results/benchmarks/profile.csv")
 KN_PARTS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
     "convolution": ((cpu_conv, "_convolve"), (cpu_conv, "_convolve_backward")),
     "passes": tuple(
-        (cpu, name) for name in ("channel_sums", "scale_and_shift", "scale_and_shift_backward", "add_input_gradient")
+        (cpu, name)
+        for name in (
+            "channel_sums",
+            "subtract_outer",
+            "scale_and_shift",
+            "scale_and_shift_backward",
+            "add_input_gradient",
+        )
     ),
     "filters": ((cpu_conv, "_sums"), (cpu_conv, "_centred"), (cpu_conv, "_of_filters")),
     "maps": ((cpu_conv, "statistics"), (cpu_conv, "statistics_backward")),

@@ -113,6 +113,26 @@ def _parts(x: Tensor, *others: Tensor):
         yield part, scratch[: part.shape[0]], *rest
 
 
+def subtract_outer(convolved: Tensor, offset: Tensor, vectors: Tensor) -> Tensor:
+    """convolved - sum_r offset_r vectors_r, in the memory of `convolved` where that is dense.
+
+    Args:
+        convolved: (N, C, O, P).
+        offset, vectors: (N, R, O, P) and (R, C).
+    """
+    at = _flat(convolved)
+    if not (at is _Rows or convolved.is_contiguous()):
+        convolved = convolved.contiguous()
+    _subtract(at, at.all(convolved), offset, vectors, out=at.all(convolved))
+    return convolved
+
+
+def _subtract(at: type[_Rows] | type[_Columns], y: Tensor, offset: Tensor, vectors: Tensor, out: Tensor) -> Tensor:
+    for r in range(offset.shape[1]):
+        y = torch.addcmul(y, at.map(offset.narrow(1, r, 1)), at.vector(vectors.select(0, r)), value=-1, out=out)
+    return y
+
+
 def scale_and_shift(
     convolved: Tensor,
     rstd: Tensor,
@@ -137,8 +157,8 @@ def scale_and_shift(
     result = convolved if inplace else torch.empty_like(convolved)  # no view, which could not be edited in place
     y = at.all(convolved)
     out = y if inplace else at.all(result)
-    for r in range(0 if offset is None else offset.shape[1]):
-        y = torch.addcmul(y, at.map(offset.narrow(1, r, 1)), at.vector(vectors.select(0, r)), value=-1, out=out)
+    if offset is not None:
+        y = _subtract(at, y, offset, vectors, out)
     if bias is None:
         torch.mul(y, at.map(rstd), out=out)
     else:
@@ -147,9 +167,18 @@ def scale_and_shift(
 
 
 def scale_and_shift_backward(
-    grad: Tensor, convolved: Tensor, rstd: Tensor, offset: Tensor | None, vectors: Tensor | None, has_bias: bool
+    grad: Tensor,
+    convolved: Tensor,
+    rstd: Tensor,
+    offset: Tensor | None,
+    vectors: Tensor | None,
+    has_bias: bool,
+    *,
+    subtracted: bool = False,
 ):
     """The gradients of `scale_and_shift`.
+
+    subtracted: whether `convolved` is what is left after `subtract_outer`.
 
     Returns:
         those of convolved (N, C, O, P), of rstd (N, 1, O, P), of offset (N, R, O, P), of vectors (R, C), of bias (C,);
@@ -166,9 +195,7 @@ def scale_and_shift_backward(
         return scaled, grad_rstd, None, None, grad.sum((0, *range(2, grad.dim()))) if has_bias else None
     at, rank = _flat(grad), vectors.shape[0]
     along = at.over_channels(grad, vectors)
-    if rank == 1:
-        grad_rstd.addcmul_(offset, along, value=-1)
-    else:
+    if not subtracted:
         grad_rstd -= (offset * along).sum(1, keepdim=True)
     # The gradients of vectors and bias are sums over units with other factors: one pass.
     factors = grad.new_ones(grad.shape[0], rank + has_bias, *grad.shape[2:])

@@ -4,7 +4,7 @@
     backward    dy, c -> dc, d rstd, d delta, db;    dx += constant + slope x
 
 with c the convolution and all between on one-channel maps (Nasirigerdeh et al., TMLR 2024, Eq. 5). Kept for the
-backward pass: x, c and one-channel maps.
+backward pass: x, c - delta sum(W) and one-channel maps.
 """
 
 from __future__ import annotations
@@ -43,20 +43,18 @@ def kn_conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Units, formula:
     requires_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if requires_grad and torch.is_grad_enabled():
         return _KNConv.apply(x, weight, bias, how, formula)
-    of_units, sums, convolved = _forward(x, weight, how)
-    return _scale_and_shift(convolved, of_units, sums, bias, inplace=True)
+    of_units, _, convolved = _forward(x, weight, how)
+    return cpu.scale_and_shift(convolved, of_units.rstd, None, None, bias, inplace=True)
 
 
 def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor, Tensor]:
-    """The statistics, the sums of the filters (C_out, 1, 1, 1), and the convolution."""
+    """The statistics, the sums of the filters (C_out, 1, 1, 1), and c, delta sum(W) taken away."""
     of_units = statistics(x, how, weight.numel() if how.groups == 1 else None)
     sums = _sums(weight)
-    return of_units, sums, _convolve(x, _centred(weight, sums) if of_units.centred else weight, how)
-
-
-def _scale_and_shift(convolved: Tensor, of_units: Statistics, sums: Tensor, bias: Tensor | None, **options) -> Tensor:
-    vectors = None if of_units.offset is None else sums.view(1, -1)
-    return cpu.scale_and_shift(convolved, of_units.rstd, of_units.offset, vectors, bias, **options)
+    convolved = _convolve(x, _centred(weight, sums) if of_units.centred else weight, how)
+    if of_units.offset is not None:
+        convolved = cpu.subtract_outer(convolved, of_units.offset, sums.view(1, -1))
+    return of_units, sums, convolved
 
 
 class _KNConv(Function):
@@ -65,7 +63,7 @@ class _KNConv(Function):
         of_units, sums, convolved = _forward(x, weight, how)
         ctx.how, ctx.formula = how, formula
         keep(ctx, of_units, x, weight, bias, convolved, sums)
-        return _scale_and_shift(convolved, of_units, sums, bias)
+        return cpu.scale_and_shift(convolved, of_units.rstd, None, None, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -75,8 +73,9 @@ class _KNConv(Function):
             y = ctx.formula(x, weight, bias, how, drawn=draw_of(of_units))
             return *differentiable(y, (x, weight, bias), grad, wanted), None, None
         vectors = None if of_units.offset is None else sums.view(1, -1)
-        grads = cpu.scale_and_shift_backward(grad, convolved, of_units.rstd, of_units.offset, vectors, bias is not None)
-        grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = grads
+        grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = cpu.scale_and_shift_backward(
+            grad, convolved, of_units.rstd, of_units.offset, vectors, bias is not None, subtracted=True
+        )
         filters = _centred(weight, sums) if of_units.centred else weight
         grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)
         if wanted[1]:

@@ -136,8 +136,9 @@ def _dropped(
     higher: m_3 and m_4, which are overwritten. plain: that no unit is flat.
     """
     keep = 1 - how.dropout
-    noise = torch.empty(2, *second.shape).normal_(std=math.sqrt(how.dropout / (keep * n)))
-    shift, other = noise.to(second.dtype).unbind()
+    images, *map_size = second.shape
+    noise = torch.empty(images + 1, *map_size).normal_(std=math.sqrt(how.dropout / (keep * n))).to(second.dtype)
+    shift, other = noise[:-1], noise[1:]
     third, fourth = higher
     positive = second if plain else second.clamp_min(torch.finfo(second.dtype).tiny)
     quotients = second.new_empty(2, *second.shape)

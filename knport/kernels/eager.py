@@ -97,12 +97,16 @@ def draw(second: Tensor, third: Tensor, fourth: Tensor, p: float, n: int) -> Dra
 
 
 def _deviates(like: Tensor) -> tuple[Tensor, ...]:
-    """Two maps of standard normal numbers in float32, of the shape of `like`."""
+    """Two maps of standard normal numbers in float32, of the shape of `like`, independent of each other in every unit.
+
+    Numbers take their time: the second map of an image is the first of the next.
+    """
     compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if compiled and like.device.type == "cpu":
         # The compiler sets up a generator for every number that it draws, on CPUs one after the other.
         return normal_pair(torch.randint(-(2**63), 2**63 - 1, like.shape, device=like.device))
-    return torch.randn(2, *like.shape, device=like.device).unbind()
+    noise = torch.randn(like.shape[0] + 1, *like.shape[1:], device=like.device)
+    return noise[:-1], noise[1:]
 
 
 def normal_pair(bits: Tensor) -> tuple[Tensor, Tensor]:
