@@ -167,41 +167,31 @@ def scale_and_shift(
 
 
 def scale_and_shift_backward(
-    grad: Tensor,
-    convolved: Tensor,
-    rstd: Tensor,
-    offset: Tensor | None,
-    vectors: Tensor | None,
-    has_bias: bool,
-    *,
-    subtracted: bool = False,
+    grad: Tensor, shifted: Tensor, rstd: Tensor, offset: Tensor | None, vectors: Tensor | None, has_bias: bool
 ):
     """The gradients of `scale_and_shift`.
 
-    subtracted: whether `convolved` is what is left after `subtract_outer`.
+    shifted: (N, C, O, P), what rstd multiplied: the convolution, sum_r offset_r vectors_r taken away.
 
     Returns:
         those of convolved (N, C, O, P), of rstd (N, 1, O, P), of offset (N, R, O, P), of vectors (R, C), of bias (C,);
         None where there is no such argument.
     """
-    if grad.stride() != convolved.stride():  # two orders at once are slow: expanded, or not channels-last
-        grad = torch.empty_like(convolved).copy_(grad)
+    if grad.stride() != shifted.stride():  # two orders at once are slow: expanded, or not channels-last
+        grad = torch.empty_like(shifted).copy_(grad)
     grad_rstd, scaled = torch.empty_like(rstd), torch.empty_like(grad)
     # The products lie in the memory of the result, which is overwritten after. `_dots` would take less time, and the
     # convolution that follows as much more.
-    torch.sum(torch.mul(grad, convolved, out=scaled), 1, keepdim=True, out=grad_rstd)
+    torch.sum(torch.mul(grad, shifted, out=scaled), 1, keepdim=True, out=grad_rstd)
     torch.mul(grad, rstd, out=scaled)
     if offset is None:
         return scaled, grad_rstd, None, None, grad.sum((0, *range(2, grad.dim()))) if has_bias else None
     at, rank = _flat(grad), vectors.shape[0]
-    along = at.over_channels(grad, vectors)
-    if not subtracted:
-        grad_rstd -= (offset * along).sum(1, keepdim=True)
     # The gradients of vectors and bias are sums over units with other factors: one pass.
     factors = grad.new_ones(grad.shape[0], rank + has_bias, *grad.shape[2:])
     torch.mul(offset, rstd, out=factors[:, :rank])
     sums = at.over_units(grad, factors)
-    return scaled, grad_rstd, along.mul_(-rstd), -sums[:rank], sums[rank] if has_bias else None
+    return scaled, grad_rstd, at.over_channels(scaled, -vectors), -sums[:rank], sums[rank] if has_bias else None
 
 
 class _Rows:

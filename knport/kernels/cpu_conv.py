@@ -43,38 +43,38 @@ def kn_conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Units, formula:
     requires_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if requires_grad and torch.is_grad_enabled():
         return _KNConv.apply(x, weight, bias, how, formula)
-    of_units, _, convolved = _forward(x, weight, how)
-    return cpu.scale_and_shift(convolved, of_units.rstd, None, None, bias, inplace=True)
+    of_units, _, shifted = _forward(x, weight, how)
+    return cpu.scale_and_shift(shifted, of_units.rstd, None, None, bias, inplace=True)
 
 
 def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor, Tensor]:
-    """The statistics, the sums of the filters (C_out, 1, 1, 1), and c, delta sum(W) taken away."""
+    """The statistics, the sums of the filters (C_out, 1, 1, 1), and c - delta sum(W)."""
     of_units = statistics(x, how, weight.numel() if how.groups == 1 else None)
     sums = _sums(weight)
     convolved = _convolve(x, _centred(weight, sums) if of_units.centred else weight, how)
-    if of_units.offset is not None:
-        convolved = cpu.subtract_outer(convolved, of_units.offset, sums.view(1, -1))
-    return of_units, sums, convolved
+    if of_units.offset is None:
+        return of_units, sums, convolved
+    return of_units, sums, cpu.subtract_outer(convolved, of_units.offset, sums.view(1, -1))
 
 
 class _KNConv(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, how, formula):
-        of_units, sums, convolved = _forward(x, weight, how)
+        of_units, sums, shifted = _forward(x, weight, how)
         ctx.how, ctx.formula = how, formula
-        keep(ctx, of_units, x, weight, bias, convolved, sums)
-        return cpu.scale_and_shift(convolved, of_units.rstd, None, None, bias)
+        keep(ctx, of_units, x, weight, bias, shifted, sums)
+        return cpu.scale_and_shift(shifted, of_units.rstd, None, None, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        of_units, (x, weight, bias, convolved, sums) = kept(ctx)
+        of_units, (x, weight, bias, shifted, sums) = kept(ctx)
         how, wanted = ctx.how, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             y = ctx.formula(x, weight, bias, how, drawn=draw_of(of_units))
             return *differentiable(y, (x, weight, bias), grad, wanted), None, None
         vectors = None if of_units.offset is None else sums.view(1, -1)
         grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = cpu.scale_and_shift_backward(
-            grad, convolved, of_units.rstd, of_units.offset, vectors, bias is not None, subtracted=True
+            grad, shifted, of_units.rstd, of_units.offset, vectors, bias is not None
         )
         filters = _centred(weight, sums) if of_units.centred else weight
         grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)

@@ -198,8 +198,10 @@ class _NormalizeUnits(Function):
     def backward(ctx, grad):
         convolved, mean, var, offset, vectors = ctx.saved_tensors
         rstd = reciprocal_sd(mean, var, ctx.eps)
-        fast = not torch.is_grad_enabled() and cpu.takes(grad, convolved, rstd, offset, vectors)
-        by = cpu.scale_and_shift_backward if fast else _normalize_backward
+        by = _normalize_backward
+        if not torch.is_grad_enabled() and cpu.takes(grad, convolved, rstd, offset, vectors):
+            by = cpu.scale_and_shift_backward
+            convolved = convolved if offset is None else cpu.subtract_outer(convolved.clone(), offset, vectors)
         grads = by(grad, convolved, rstd, offset, vectors, ctx.bias_dtype is not None)
         grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = grads
         if grad_bias is not None:
@@ -209,7 +211,7 @@ class _NormalizeUnits(Function):
 
 
 def _normalize_backward(grad, convolved, rstd, offset, vectors, has_bias: bool):
-    """As `cpu.scale_and_shift_backward`, differentiable."""
+    """As `cpu.scale_and_shift_backward` of what is left of `convolved`, differentiable."""
     grad = grad.to(rstd.dtype)
     over_units = (0, *range(2, grad.dim()))
     grad_bias = grad.sum(over_units) if has_bias else None
