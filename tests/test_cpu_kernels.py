@@ -241,6 +241,25 @@ def test_two_full_size_tensors_are_kept_and_maps(p):
     assert len(maps) <= (8 if p else 2) and len(kept) <= len(maps) + 5  # weight, bias and the sums of the filters
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_memory_is_used_again_where_the_graph_is_not_kept(p, layout):
+    x = torch.randn(2, 16, 9, 9).to(memory_format=LAYOUTS[layout]).requires_grad_()
+    weight, bias = torch.randn(24, 16, 3, 3, requires_grad=True), torch.randn(24, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = functional.kn_conv(x, weight, bias, padding=1, dropout=p)
+    assert is_fused(y)
+    (convolved,) = (t for t in saved if t.shape == y.shape)
+    before, grad = convolved.clone(), torch.randn_like(y)
+    first = torch.autograd.grad(y, (x, weight, bias), grad, retain_graph=True)
+    assert torch.equal(convolved, before)
+    second = torch.autograd.grad(y, (x, weight, bias), grad)
+    assert not torch.equal(convolved, before)
+    for once, again in zip(first, second, strict=True):
+        assert torch.equal(once, again)
+
+
 @pytest.mark.parametrize("size", [(11, 8), (5, 7), (150, 6)], ids=["two products", "one product", "sums"])
 @pytest.mark.parametrize(
     "k, stride, dilation, padding", [(3, 1, 1, (1, 1)), (2, 2, 1, (1, 0)), (3, 2, 2, (0, 3)), (1, 1, 1, (0, 0))]

@@ -167,11 +167,24 @@ def scale_and_shift(
 
 
 def scale_and_shift_backward(
-    grad: Tensor, shifted: Tensor, rstd: Tensor, offset: Tensor | None, vectors: Tensor | None, has_bias: bool
+    grad: Tensor,
+    shifted: Tensor,
+    rstd: Tensor,
+    offset: Tensor | None,
+    vectors: Tensor | None,
+    has_bias: bool,
+    *,
+    inplace: bool = False,
 ):
     """The gradients of `scale_and_shift`.
 
-    shifted: (N, C, O, P), what rstd multiplied: the convolution, sum_r offset_r vectors_r taken away.
+    Args:
+        grad: of the result, (N, C, O, P).
+        shifted: what rstd multiplied: the convolution, sum_r offset_r vectors_r taken away.
+        rstd, offset, vectors: as they were.
+        has_bias: whether there was one.
+        inplace: overwrite `shifted`: less memory, and no time to fetch any into the caches, here and in the
+            convolution that follows.
 
     Returns:
         those of convolved (N, C, O, P), of rstd (N, 1, O, P), of offset (N, R, O, P), of vectors (R, C), of bias (C,);
@@ -179,9 +192,8 @@ def scale_and_shift_backward(
     """
     if grad.stride() != shifted.stride():  # two orders at once are slow: expanded, or not channels-last
         grad = torch.empty_like(shifted).copy_(grad)
-    grad_rstd, scaled = torch.empty_like(rstd), torch.empty_like(grad)
-    # The products lie in the memory of the result, which is overwritten after. `_dots` would take less time, and the
-    # convolution that follows as much more.
+    grad_rstd, scaled = torch.empty_like(rstd), shifted if inplace else torch.empty_like(grad)
+    # the products lie in the memory of the result, which is overwritten after
     torch.sum(torch.mul(grad, shifted, out=scaled), 1, keepdim=True, out=grad_rstd)
     torch.mul(grad, rstd, out=scaled)
     if offset is None:

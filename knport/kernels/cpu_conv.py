@@ -4,7 +4,7 @@
     backward    dy, c -> dc, d rstd, d delta, db;    dx += constant + slope x
 
 with c the convolution and all between on one-channel maps (Nasirigerdeh et al., TMLR 2024, Eq. 5). Kept for the
-backward pass: x, c - delta sum(W) and one-channel maps.
+backward pass: x, c - delta sum(W), whose memory that pass uses again for dc, and one-channel maps.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _KNConv(Function):
             return *differentiable(y, (x, weight, bias), grad, wanted), None, None
         vectors = None if of_units.offset is None else sums.view(1, -1)
         grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = cpu.scale_and_shift_backward(
-            grad, shifted, of_units.rstd, of_units.offset, vectors, bias is not None
+            grad, shifted, of_units.rstd, of_units.offset, vectors, bias is not None, inplace=not _graph_is_kept()
         )
         filters = _centred(weight, sums) if of_units.centred else weight
         grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)
@@ -84,6 +84,14 @@ class _KNConv(Function):
             constant, slope, times = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
             grad_x = cpu.add_input_gradient(grad_x, x, constant, slope, times)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that runs may run again (`retain_graph=True`), and what was saved is to stay.
+
+    It is what PyTorch asks before compiled code uses the memory of saved tensors again.
+    """
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _sums(weight: Tensor) -> Tensor:

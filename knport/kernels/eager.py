@@ -198,11 +198,12 @@ class _NormalizeUnits(Function):
     def backward(ctx, grad):
         convolved, mean, var, offset, vectors = ctx.saved_tensors
         rstd = reciprocal_sd(mean, var, ctx.eps)
-        by = _normalize_backward
+        by, options = _normalize_backward, {}
         if not torch.is_grad_enabled() and cpu.takes(grad, convolved, rstd, offset, vectors):
             by = cpu.scale_and_shift_backward
-            convolved = convolved if offset is None else cpu.subtract_outer(convolved.clone(), offset, vectors)
-        grads = by(grad, convolved, rstd, offset, vectors, ctx.bias_dtype is not None)
+            if offset is not None:
+                convolved, options = cpu.subtract_outer(convolved.clone(), offset, vectors), {"inplace": True}
+        grads = by(grad, convolved, rstd, offset, vectors, ctx.bias_dtype is not None, **options)
         grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = grads
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
