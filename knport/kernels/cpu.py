@@ -34,7 +34,7 @@ def takes(*tensors: Tensor | None) -> bool:
     return True
 
 
-def channel_sums(x: Tensor, order: int) -> list[Tensor]:
+def channel_sums(x: Tensor, order: int) -> Tensor:
     """The sums of x, x^2 and, for order 4, x^3 and x^4 over the channels of every pixel.
 
     Args:
@@ -42,18 +42,13 @@ def channel_sums(x: Tensor, order: int) -> list[Tensor]:
         order: 2 or 4.
 
     Returns:
-        `order` maps (N, 1, H, W) in float32.
+        (order, N, 1, H, W) in float32.
     """
     n, channels, *size = x.shape
     if channels <= FEW_CHANNELS:
         x = x.contiguous()
     elif is_rows(x):
-        if order == 2:
-            second, first = _dots(x, x)
-            return [first, second]
-        parts = [(*_dots(part, square), *_dots(square, square)) for part, square in _squares(x)]
-        third, first, fourth, second = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-        return [first, second, third, fourth]
+        return _row_sums(as_rows(x), order).view(order, n, 1, *size)
     sums = x.new_empty(order, n, 1, *size)
     first, second, *higher = sums.unbind()
     torch.sum(x, 1, keepdim=True, out=first)
@@ -63,36 +58,41 @@ def channel_sums(x: Tensor, order: int) -> list[Tensor]:
         if higher:
             torch.sum(square * square, 1, keepdim=True, out=powers[2])
             torch.sum(square.mul_(part), 1, keepdim=True, out=powers[1])
-    return [first, second, *higher]
+    return sums
+
+
+def _row_sums(x: Tensor, order: int) -> Tensor:
+    """As `channel_sums`, of rows of channels: (L, C) -> (order, L)."""
+    if order == 2:
+        second, first = _dots(x, x)
+        return torch.stack([first, second])
+    sums = []
+    for part, scratch in _parts(x):
+        square = torch.mul(part, part, out=scratch)
+        (third, first), (fourth, second) = _dots(part, square), _dots(square, square)
+        sums.append(torch.stack([first, second, third, fourth]))
+    return sums[0] if len(sums) == 1 else torch.cat(sums, 1)
 
 
 _NO_MEAN, _UNIT_RSTD = torch.zeros(1, 1), torch.ones(1, 1)
 
 
 def _dots(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of y z and of y over the channels of every pixel, in one pass: (N, C, H, W) -> (N, 1, H, W) each.
+    """sum_c y_lc z_lc and sum_c y_lc in one pass: (L, C) -> (L,) each.
 
-    y and z are in channels-last order. This is the pass in which GroupNorm's backward takes the gradients of gain and
-    bias, with a mean of 0 and an SD of 1, and pixels in place of its channels.
+    It is the pass in which GroupNorm's backward takes the gradients of gain and bias, given a mean of 0 and an SD of 1,
+    with rows in place of its channels and channels in place of its pixels.
     """
-    n, channels, *size = y.shape
-    pixels = y.numel() // channels
-    rows = (1, pixels, channels), (pixels * channels, channels, 1)
     _, dots, sums = torch.ops.aten.native_group_norm_backward.default(
-        y.as_strided(*rows), z.as_strided(*rows), _NO_MEAN, _UNIT_RSTD, None, 1, pixels, channels, 1, (False, True, True)
+        y, z, _NO_MEAN, _UNIT_RSTD, None, 1, *y.shape, 1, (False, True, True)
     )
-    return dots.view(n, 1, *size), sums.view(n, 1, *size)
-
-
-def _squares(x):
-    for part, scratch in _parts(x):
-        yield part, torch.mul(part, part, out=scratch)
+    return dots, sums
 
 
 def careful_means(x: Tensor, order: int) -> Tensor:
     """As `channel_sums`, but means, in float64, and the variance taken about the mean: E[u^2] - mu^2 then keeps what
     cancels."""
-    means = torch.stack(channel_sums(x, order)).double().div_(x.shape[1])
+    means = channel_sums(x, order).double().div_(x.shape[1])
     mean, square, *_ = means
     for part, scratch, center, var in _parts(x, mean.float(), square):
         deviation = torch.sub(part, center, out=scratch)
@@ -113,56 +113,36 @@ def _parts(x: Tensor, *others: Tensor):
         yield part, scratch[: part.shape[0]], *rest
 
 
-def subtract_outer(convolved: Tensor, offset: Tensor, vectors: Tensor) -> Tensor:
-    """convolved - sum_r offset_r vectors_r, in the memory of `convolved` where that is dense.
+def subtract_outer(convolved: Tensor, offset: Tensor, vector: Tensor) -> Tensor:
+    """convolved - offset vector, in the memory of `convolved` where that is dense.
 
     Args:
         convolved: (N, C, O, P).
-        offset, vectors: (N, R, O, P) and (R, C).
+        offset, vector: (N, 1, O, P) and (C,).
     """
     at = _flat(convolved)
     if not (at is _Rows or convolved.is_contiguous()):
         convolved = convolved.contiguous()
-    _subtract(at, at.all(convolved), offset, vectors, out=at.all(convolved))
+    at.all(convolved).addcmul_(at.map(offset), at.vector(vector), value=-1)
     return convolved
 
 
-def _subtract(at: type[_Rows] | type[_Columns], y: Tensor, offset: Tensor, vectors: Tensor, out: Tensor) -> Tensor:
-    for r in range(offset.shape[1]):
-        y = torch.addcmul(y, at.map(offset.narrow(1, r, 1)), at.vector(vectors.select(0, r)), value=-1, out=out)
-    return y
-
-
-def scale_and_shift(
-    convolved: Tensor,
-    rstd: Tensor,
-    offset: Tensor | None,
-    vectors: Tensor | None,
-    bias: Tensor | None,
-    *,
-    inplace: bool = False,
-) -> Tensor:
-    """(convolved - sum_r offset_r vectors_r) rstd + bias.
+def scale_and_shift(shifted: Tensor, rstd: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
+    """shifted rstd + bias.
 
     Args:
-        convolved: (N, C, O, P).
+        shifted: (N, C, O, P).
         rstd: (N, 1, O, P).
-        offset, vectors: (N, R, O, P) and (R, C), or None.
         bias: (C,) or None.
-        inplace: overwrite `convolved`.
+        inplace: overwrite `shifted`.
     """
-    at = _flat(convolved)
-    if not (at is _Rows or convolved.is_contiguous()):
-        convolved = convolved.contiguous()
-    result = convolved if inplace else torch.empty_like(convolved)  # no view, which could not be edited in place
-    y = at.all(convolved)
-    out = y if inplace else at.all(result)
-    if offset is not None:
-        y = _subtract(at, y, offset, vectors, out)
     if bias is None:
-        torch.mul(y, at.map(rstd), out=out)
-    else:
-        torch.addcmul(at.vector(bias), y, at.map(rstd), out=out)
+        return torch.mul(shifted, rstd, out=shifted if inplace else None)
+    at = _flat(shifted)
+    if not (at is _Rows or shifted.is_contiguous()):
+        shifted = shifted.contiguous()
+    result = shifted if inplace else torch.empty_like(shifted)  # no view, which could not be edited in place
+    torch.addcmul(at.vector(bias), at.all(shifted), at.map(rstd), out=at.all(result))
     return result
 
 
@@ -171,39 +151,41 @@ def scale_and_shift_backward(
     shifted: Tensor,
     rstd: Tensor,
     offset: Tensor | None,
-    vectors: Tensor | None,
+    vector: Tensor | None,
     has_bias: bool,
     *,
     inplace: bool = False,
 ):
-    """The gradients of `scale_and_shift`.
+    """The gradients of `scale_and_shift` after `subtract_outer`.
 
     Args:
         grad: of the result, (N, C, O, P).
-        shifted: what rstd multiplied: the convolution, sum_r offset_r vectors_r taken away.
-        rstd, offset, vectors: as they were.
+        shifted, rstd: as they were.
+        offset, vector: what was subtracted before, or None.
         has_bias: whether there was one.
         inplace: overwrite `shifted`: less memory, and no time to fetch any into the caches, here and in the
             convolution that follows.
 
     Returns:
-        those of convolved (N, C, O, P), of rstd (N, 1, O, P), of offset (N, R, O, P), of vectors (R, C), of bias (C,);
-        None where there is no such argument.
+        those of shifted (N, C, O, P), of rstd (N, 1, O, P), of offset (N, 1, O, P), of vector (C,), of bias (C,); None
+        where there is no such argument.
     """
     if grad.stride() != shifted.stride():  # two orders at once are slow: expanded, or not channels-last
         grad = torch.empty_like(shifted).copy_(grad)
-    grad_rstd, scaled = torch.empty_like(rstd), shifted if inplace else torch.empty_like(grad)
+    scaled = shifted if inplace else torch.empty_like(grad)
     # the products lie in the memory of the result, which is overwritten after
-    torch.sum(torch.mul(grad, shifted, out=scaled), 1, keepdim=True, out=grad_rstd)
+    grad_rstd = torch.mul(grad, shifted, out=scaled).sum(1, keepdim=True)
     torch.mul(grad, rstd, out=scaled)
     if offset is None:
         return scaled, grad_rstd, None, None, grad.sum((0, *range(2, grad.dim()))) if has_bias else None
-    at, rank = _flat(grad), vectors.shape[0]
-    # The gradients of vectors and bias are sums over units with other factors: one pass.
-    factors = grad.new_ones(grad.shape[0], rank + has_bias, *grad.shape[2:])
-    torch.mul(offset, rstd, out=factors[:, :rank])
-    sums = at.over_units(grad, factors)
-    return scaled, grad_rstd, at.over_channels(scaled, -vectors), -sums[:rank], sums[rank] if has_bias else None
+    at = _flat(grad)
+    if has_bias:  # its gradient and that of the vector are sums over units with other factors: one pass
+        factors = grad.new_ones(grad.shape[0], 2, *grad.shape[2:])
+        torch.mul(offset, rstd, out=factors[:, :1])
+        along_offset, grad_bias = at.over_units(grad, factors).unbind()
+    else:
+        (along_offset,), grad_bias = at.over_units(scaled, offset), None
+    return scaled, grad_rstd, at.over_channels(scaled, -vector), -along_offset, grad_bias
 
 
 class _Rows:
@@ -225,11 +207,11 @@ class _Rows:
         return y
 
     @staticmethod
-    def over_channels(y: Tensor, vectors: Tensor) -> Tensor:
-        """sum_c y_c vectors_rc: y (N, C, O, P), vectors (R, C) -> (N, R, O, P); by images, on all cores."""
+    def over_channels(y: Tensor, vector: Tensor) -> Tensor:
+        """sum_c y_c vector_c: y (N, C, O, P), vector (C,) -> (N, 1, O, P); by images, on all cores."""
         n, channels, *size = y.shape
-        sums = torch.bmm(as_rows(y).view(n, -1, channels), vectors.t().expand(n, -1, -1))
-        return sums.transpose(1, 2).reshape(n, -1, *size)
+        vectors = vector.as_strided((n, channels, 1), (0, 1, channels))  # in another order bmm copies, or is slow
+        return torch.bmm(as_rows(y).view(n, -1, channels), vectors).view(n, 1, *size)
 
     @staticmethod
     def over_units(y: Tensor, maps: Tensor) -> Tensor:
@@ -254,9 +236,9 @@ class _Columns:
         return y[:, None]
 
     @staticmethod
-    def over_channels(y: Tensor, vectors: Tensor) -> Tensor:
+    def over_channels(y: Tensor, vector: Tensor) -> Tensor:
         n, _, *size = y.shape
-        return torch.matmul(vectors, y.flatten(2)).view(n, -1, *size)
+        return torch.matmul(vector, y.flatten(2)).view(n, 1, *size)
 
     @staticmethod
     def over_units(y: Tensor, maps: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def kn_conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Units, formula:
     if requires_grad and torch.is_grad_enabled():
         return _KNConv.apply(x, weight, bias, how, formula)
     of_units, _, shifted = _forward(x, weight, how)
-    return cpu.scale_and_shift(shifted, of_units.rstd, None, None, bias, inplace=True)
+    return cpu.scale_and_shift(shifted, of_units.rstd, bias, inplace=True)
 
 
 def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor,
     convolved = _convolve(x, _centred(weight, sums) if of_units.centred else weight, how)
     if of_units.offset is None:
         return of_units, sums, convolved
-    return of_units, sums, cpu.subtract_outer(convolved, of_units.offset, sums.view(1, -1))
+    return of_units, sums, cpu.subtract_outer(convolved, of_units.offset, sums.view(-1))
 
 
 class _KNConv(Function):
@@ -63,7 +63,7 @@ class _KNConv(Function):
         of_units, sums, shifted = _forward(x, weight, how)
         ctx.how, ctx.formula = how, formula
         keep(ctx, of_units, x, weight, bias, shifted, sums)
-        return cpu.scale_and_shift(shifted, of_units.rstd, None, None, bias)
+        return cpu.scale_and_shift(shifted, of_units.rstd, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -72,14 +72,13 @@ class _KNConv(Function):
         if torch.is_grad_enabled():
             y = ctx.formula(x, weight, bias, how, drawn=draw_of(of_units))
             return *differentiable(y, (x, weight, bias), grad, wanted), None, None
-        vectors = None if of_units.offset is None else sums.view(1, -1)
-        grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = cpu.scale_and_shift_backward(
-            grad, shifted, of_units.rstd, of_units.offset, vectors, bias is not None, inplace=not _graph_is_kept()
+        grad_convolved, grad_rstd, grad_offset, grad_sums, grad_bias = cpu.scale_and_shift_backward(
+            grad, shifted, of_units.rstd, of_units.offset, sums.view(-1), bias is not None, inplace=not _graph_is_kept()
         )
         filters = _centred(weight, sums) if of_units.centred else weight
         grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)
         if wanted[1]:
-            grad_weight = _of_filters(grad_weight, grad_vectors, of_units.centred)
+            grad_weight = _of_filters(grad_weight, grad_sums, of_units.centred)
         if wanted[0]:
             constant, slope, times = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
             grad_x = cpu.add_input_gradient(grad_x, x, constant, slope, times)
@@ -105,7 +104,7 @@ def _centred(weight: Tensor, sums: Tensor) -> Tensor:
 
 def _of_filters(grad: Tensor, grad_sums: Tensor | None, centred: bool) -> Tensor:
     """The gradient of the filters as given, from that of the filters used, which is overwritten, and that of their
-    sums, (1, C_out)."""
+    sums, (C_out,)."""
     if centred:
         grad = grad.sub_(_sums(grad), alpha=grad.shape[0] / grad.numel())
     return grad if grad_sums is None else grad.add_(grad_sums.view(-1, *(1,) * (grad.dim() - 1)))

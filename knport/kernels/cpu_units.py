@@ -101,7 +101,7 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     drawing = p > 0 and how.dropout_form == "moments"
     order = 4 if drawing else 2
     maps = cpu.channel_sums(x, order)
-    mean, second, *higher = box_mean(how.window, torch.stack(maps), channels).unbind()
+    mean, second, *higher = box_mean(how.window, maps, channels).unbind()
     var = torch.addcmul(second, mean, mean, value=-1)
     excess = torch.sub(second, var, alpha=TAME).max().item()
     divisor = channels

@@ -177,8 +177,10 @@ class _NormalizeUnits(Function):
     @staticmethod
     def forward(convolved, mean, var, offset, vectors, bias, eps, dtype):
         rstd = reciprocal_sd(mean, var, eps)
-        if dtype == torch.float32 and cpu.takes(convolved, rstd, offset, vectors, bias):
-            return cpu.scale_and_shift(convolved, rstd, offset, vectors, bias)
+        if dtype == torch.float32 and _suits_cpu(vectors, convolved, rstd, offset, vectors, bias):
+            if offset is None:
+                return cpu.scale_and_shift(convolved, rstd, bias)
+            return cpu.scale_and_shift(cpu.subtract_outer(convolved.clone(), offset, vectors[0]), rstd, bias, inplace=True)
         ndim = convolved.dim() - 2
         scaled = convolved.to(var.dtype) * rstd
         for r in range(0 if offset is None else offset.shape[1]):
@@ -198,12 +200,9 @@ class _NormalizeUnits(Function):
     def backward(ctx, grad):
         convolved, mean, var, offset, vectors = ctx.saved_tensors
         rstd = reciprocal_sd(mean, var, ctx.eps)
-        by, options = _normalize_backward, {}
-        if not torch.is_grad_enabled() and cpu.takes(grad, convolved, rstd, offset, vectors):
-            by = cpu.scale_and_shift_backward
-            if offset is not None:
-                convolved, options = cpu.subtract_outer(convolved.clone(), offset, vectors), {"inplace": True}
-        grads = by(grad, convolved, rstd, offset, vectors, ctx.bias_dtype is not None, **options)
+        given = grad, convolved, rstd, offset, vectors
+        by = _normalize_backward_on_cpu if _suits_cpu(vectors, *given) else _normalize_backward
+        grads = by(*given, ctx.bias_dtype is not None)
         grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = grads
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
@@ -211,8 +210,22 @@ class _NormalizeUnits(Function):
         return grad_convolved, None, grad_var, grad_offset, grad_vectors, grad_bias, None, None
 
 
+def _suits_cpu(vectors: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Whether the passes of `cpu` are for these: a sum of outer products they do not know, nor derivatives."""
+    return (vectors is None or len(vectors) == 1) and not torch.is_grad_enabled() and cpu.takes(*tensors)
+
+
+def _normalize_backward_on_cpu(grad, convolved, rstd, offset, vectors, has_bias: bool):
+    if offset is None:
+        return cpu.scale_and_shift_backward(grad, convolved, rstd, None, None, has_bias)
+    shifted = cpu.subtract_outer(convolved.clone(), offset, vectors[0])
+    grads = cpu.scale_and_shift_backward(grad, shifted, rstd, offset, vectors[0], has_bias, inplace=True)
+    grad_convolved, grad_rstd, grad_offset, grad_vector, grad_bias = grads
+    return grad_convolved, grad_rstd, grad_offset, grad_vector[None], grad_bias
+
+
 def _normalize_backward(grad, convolved, rstd, offset, vectors, has_bias: bool):
-    """As `cpu.scale_and_shift_backward` of what is left of `convolved`, differentiable."""
+    """The gradients of convolved, rstd, offset, vectors and bias, differentiable."""
     grad = grad.to(rstd.dtype)
     over_units = (0, *range(2, grad.dim()))
     grad_bias = grad.sum(over_units) if has_bias else None
