@@ -36,11 +36,13 @@ class Units(NamedTuple):
     groups: int = 1
 
 
-# E[u^2] above this many variances means |mu| > 8 SD.
-TAME = 65
-# Where E[u^2] stays below that by at least this much, no unit is flat up to rounding, and `reciprocal_sd` is no more
-# than 1 / sqrt(var + eps), to the last digit of float32.
-PLAIN = 1e-3
+# The square of the mean above this share of E[u^2] means |mu| > 8 SD.
+TAME = 64 / 65
+# Where it stays below that by at least this much, no unit is flat up to rounding, and `reciprocal_sd` is no more than
+# 1 / sqrt(var + eps), to the last digit of float32.
+PLAIN = 2e-5
+# Of a variance that is the difference of others: more than rounding takes away, and nothing beside the whole.
+SPARED = 1e-5
 
 
 class Statistics(NamedTuple):
@@ -102,20 +104,21 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     order = 4 if drawing else 2
     maps = cpu.channel_sums(x, order)
     mean, second, *higher = box_mean(how.window, maps, channels).unbind()
-    var = torch.addcmul(second, mean, mean, value=-1)
-    excess = torch.sub(second, var, alpha=TAME).max().item()
+    left = torch.addcmul(second, mean, mean, value=-1 / TAME).min().item()
     divisor = channels
-    if excess > 0:
+    if left < 0:
         maps, divisor = cpu.careful_means(x, order), 1
         mean, second, *higher = box_mean(how.window, maps, divisor).unbind()
-        var = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0)
     own_mean = mean if how.kernel == how.window else box_mean(how.kernel, maps[0], divisor)
     few = n_weights is not None and n_weights < x.numel() and not drawing
-    centred = n_weights is not None and (few or excess > 0)
-    plain = excess < -PLAIN and own_mean is mean  # what is flat is told by the kernel's own mean
+    centred = n_weights is not None and (few or left < 0)
+    plain = left > PLAIN and own_mean is mean  # what is flat is told by the kernel's own mean
     if drawing:
         return _dropped(mean, own_mean, second, higher, channels * how.window.places, plain, centred, how)
     scale = (1 - p / (channels * how.window.places)) / (1 - p)
+    var = torch.addcmul(second, mean, mean, value=-1)
+    if left < 0:
+        var.clamp_min_(0)
     if p:
         var = var.add_(second, alpha=scale - 1)  # scale m_2 - mu^2
     if plain:  # m_2 is of no more use, and shares its memory with the mean, which is kept
@@ -136,18 +139,21 @@ def _dropped(
     higher: m_3 and m_4, which are overwritten. plain: that no unit is flat.
     """
     keep = 1 - how.dropout
-    images, *map_size = second.shape
-    noise = torch.empty(images + 1, *map_size).normal_(std=math.sqrt(how.dropout / (keep * n))).to(second.dtype)
+    images, *size = second.shape
+    noise = torch.normal(0.0, math.sqrt(how.dropout / (keep * n)), (images + 1, *size))
+    if second.dtype != torch.float32:
+        noise = noise.to(second.dtype)
     shift, other = noise[:-1], noise[1:]
     third, fourth = higher
     positive = second if plain else second.clamp_min(torch.finfo(second.dtype).tiny)
-    quotients = second.new_empty(2, *second.shape)
-    drawn_second, moved = quotients.unbind()
-    torch.mul(second.sqrt(), shift, out=moved)
+    moved = second.sqrt() * shift
     slope = third / positive  # of m_2' against mu'
-    rest = fourth.addcmul_(slope, third, value=-1).clamp_min_(0).sqrt_()
-    torch.addcmul(second, slope, moved, out=drawn_second).addcmul_(rest, other).mul_(1 / keep)  # m_2'
-    scale, ratio = (quotients / positive).unbind()
+    if plain:
+        rest = fourth.addcmul_(slope, third, value=SPARED - 1).sqrt_()
+    else:
+        rest = fourth.addcmul_(slope, third, value=-1).clamp_min_(0).sqrt_()
+    drawn_second = torch.addcmul(second, slope, moved).addcmul_(rest, other).mul_(1 / keep)  # m_2'
+    scale, ratio = drawn_second / positive, moved / positive
     dropped = mean + moved
     var = torch.addcmul(drawn_second, dropped, dropped, value=-1)
     bounded = None
@@ -177,7 +183,7 @@ def statistics_backward(
     mean, rstd, _, centred, scale, drawn = of_units
     maps = mean.new_empty(2, *mean.shape)
     constant, slope = maps.unbind()
-    minus_twice = torch.mul(grad_rstd, rstd.pow(3), out=slope)  # -2 dL/dvar', bounded or not
+    minus_twice = torch.mul(grad_rstd, rstd, out=slope).mul_(rstd).mul_(rstd)  # -2 dL/dvar', bounded or not
     free = minus_twice.masked_fill(drawn.bounded, 0) if drawn and drawn.bounded is not None else minus_twice
     torch.mul(mean, free, out=constant)
     # Filters of mean 0 take the kernel's own mean away: where that is mu, the offset's share in dL/dmu' cancels.
