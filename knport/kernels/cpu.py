@@ -8,6 +8,8 @@ Legend: N images, C channels, H x W the input's map, O x P the units, L = O P, R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from knport.geometry import Pairs
 # Tensors of more bytes than WHOLE are gone through in parts of PART bytes. A larger temporary is memory that the system
 # maps and clears anew in every step, which takes longer than the arithmetic; parts cost their calls.
 WHOLE, PART = 2**24, 2**22
-# Sums over so few channels take a third of the time in a copy whose channels lie apart.
+# So few channels are added one after the other, and lie apart for that.
 FEW_CHANNELS = 8
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -45,11 +47,12 @@ def channel_sums(x: Tensor, order: int) -> Tensor:
         (order, N, 1, H, W) in float32.
     """
     n, channels, *size = x.shape
-    if channels <= FEW_CHANNELS:
-        x = x.contiguous()
-    elif is_rows(x):
+    if channels > FEW_CHANNELS and is_rows(x):
         return _row_sums(as_rows(x), order).view(order, n, 1, *size)
     sums = x.new_empty(order, n, 1, *size)
+    if channels <= FEW_CHANNELS:
+        _add_planes(x.contiguous().split(1, 1), *sums)
+        return sums
     first, second, *higher = sums.unbind()
     torch.sum(x, 1, keepdim=True, out=first)
     for part, scratch, *powers in _parts(x, second, *higher):
@@ -59,6 +62,26 @@ def channel_sums(x: Tensor, order: int) -> Tensor:
             torch.sum(square * square, 1, keepdim=True, out=powers[2])
             torch.sum(square.mul_(part), 1, keepdim=True, out=powers[1])
     return sums
+
+
+def _add_planes(planes: Sequence[Tensor], first: Tensor, second: Tensor, *higher: Tensor) -> None:
+    """`channel_sums` channel by channel: what lies between is no larger than a map."""
+    plane, *others = planes
+    first.copy_(plane)
+    torch.mul(plane, plane, out=second)
+    if higher:
+        third, fourth = higher
+        torch.mul(second, plane, out=third)
+        torch.mul(second, second, out=fourth)
+        square = torch.empty_like(second)
+    for plane in others:
+        first.add_(plane)
+        if not higher:
+            second.addcmul_(plane, plane)
+            continue
+        second.add_(torch.mul(plane, plane, out=square))
+        third.addcmul_(square, plane)
+        fourth.addcmul_(square, square)
 
 
 def _row_sums(x: Tensor, order: int) -> Tensor:

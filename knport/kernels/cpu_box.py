@@ -115,8 +115,8 @@ class _Shifts(NamedTuple):
     """The size of maps (..., H, W) with zeros between their pixels, and where the pixels are; None without."""
     pairs: tuple[int, ...]
     """The padding, as `F.pad` takes it; negative numbers crop."""
-    shifts: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
-    """For each dimension, size and strides of its shifted copies, (k, length)."""
+    shifts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    """For each dimension, size and strides of its shifted copies, (k, length) or (k, ..., O, W)."""
     result: tuple[tuple[int, ...], tuple[int, ...]]
     """Size and strides of (..., O, P) in the last sum."""
     entries: int
@@ -135,23 +135,29 @@ class _Shifts(NamedTuple):
 
     @classmethod
     def of(cls, lead: tuple[int, ...], lines: Sequence[_Line], entries: int) -> _Shifts:
-        # how far apart pixels of the padded maps are in memory, dimension by dimension, the leading ones too
-        sizes = (*lead, *(line.padded for line in lines))
-        apart = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-        result = (*lead, *(line.units for line in lines))
-        strides = [d * line.stride for line, d in zip(lines, apart[len(lead) :], strict=True)]
-        strides = (*apart[: len(lead)], *strides)
-
-        length = math.prod(sizes)
+        sizes = [*lead, *(line.padded for line in lines)]
+        numbered = list(enumerate(lines, len(lead)))
         shifts = []
-        for line, distance in reversed(list(zip(lines, apart[len(lead) :], strict=True))):
-            if line.k > 1:
-                length -= line.dilation * distance * (line.k - 1)
-                shifts.append(((line.k, length), (line.dilation * distance, 1)))
+        for dim, line in numbered[:-1]:
+            if line.stride > 1:  # rows that no unit begins with are left out at once
+                distance = math.prod(sizes[dim + 1 :])
+                copies = (line.k, math.prod(sizes[:dim]), line.units, distance)
+                apart = (line.dilation * distance, sizes[dim] * distance, line.stride * distance, 1)
+                shifts.append((copies, apart))
+                sizes[dim] = line.units
+        strides, length = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))], math.prod(sizes)
+        for dim, line in reversed(numbered):
+            if sizes[dim] == line.padded:
+                distance = line.dilation * strides[dim]
+                length -= distance * (line.k - 1)
+                strides[dim] *= line.stride
+                if line.k > 1:
+                    shifts.append(((line.k, length), (distance, 1)))
         between = None
         if max(line.step for line in lines) > 1:
             pixels = (..., *(slice(None, None, line.step) for line in lines))
             between = (*lead, *(line.spread for line in lines)), pixels
         # F.pad starts at the last dimension
         pairs = [p for line in reversed(lines) for p in (line.before, line.padded - line.before - line.spread)]
-        return cls(between, tuple(pairs), tuple(shifts), (result, strides), entries)
+        result = (*lead, *(line.units for line in lines)), tuple(strides)
+        return cls(between, tuple(pairs), tuple(shifts), result, entries)
