@@ -260,7 +260,7 @@ def test_memory_is_used_again_where_the_graph_is_not_kept(p, layout):
         assert torch.equal(once, again)
 
 
-@pytest.mark.parametrize("size", [(11, 8), (5, 7), (150, 6)], ids=["two products", "one product", "sums"])
+@pytest.mark.parametrize("size", [(11, 8), (5, 7), (150, 6)], ids=["sums", "a product", "long"])
 @pytest.mark.parametrize(
     "k, stride, dilation, padding", [(3, 1, 1, (1, 1)), (2, 2, 1, (1, 0)), (3, 2, 2, (0, 3)), (1, 1, 1, (0, 0))]
 )
@@ -279,6 +279,39 @@ def test_box_is_a_mean_and_its_transpose(k, stride, dilation, padding, size):
         torch.testing.assert_close(narrow, ours.float())
         narrow = cpu_box.box_mean_backward(box, summed * cotangent.float(), maps.shape[2:], summed)
         torch.testing.assert_close(narrow, back.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "size, k, stride, padding, dilation",
+    [
+        ((90,), (3,), (2,), ((1, 0),), (1,)),
+        ((9, 13), (3, 2), (2, 3), ((1, 2), (0, 1)), (2, 1)),
+        ((17, 16), (1, 1), (2, 2), ((0, 0), (0, 0)), (1, 1)),
+        ((12, 12), (5, 5), (1, 1), ((-1, -2), (3, -1)), (1, 1)),  # a window smaller than the kernel crops
+        ((7, 8, 9), (2, 3, 2), (1, 2, 3), ((1, 1), (0, 2), (5, 0)), (1, 2, 1)),
+    ],
+)
+def test_boxes_of_any_geometry(size, k, stride, padding, dilation, dtype):
+    box = Box(k, stride, padding, dilation)
+    maps = torch.randn(3, 2, 1, *size, dtype=dtype)
+    mean = cpu_box.box_mean(box, 4 * maps, 4)
+    exact = box.mean(maps.flatten(0, 1).double())
+    torch.testing.assert_close(mean.flatten(0, 1).double(), exact, rtol=0, atol=1e-6)
+    cotangent = torch.randn_like(mean)
+    back = cpu_box.box_mean_backward(box, 4 * cotangent, size, 4)
+    exact = box.mean_backward(cotangent.flatten(0, 1).double(), size)
+    torch.testing.assert_close(back.flatten(0, 1).double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [2, 4])
+@pytest.mark.parametrize("channels", [1, 3, 16, 37])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_over_channels(layout, channels, order):
+    x = torch.randn(2, channels, 5, 6).to(memory_format=LAYOUTS[layout])
+    sums = cpu.channel_sums(x, order)
+    exact = torch.stack([x.double().pow(j).sum(1, keepdim=True) for j in range(1, order + 1)])
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_window_that_is_not_flat_in_a_kernel_of_large_mean():

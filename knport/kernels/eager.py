@@ -180,7 +180,9 @@ class _NormalizeUnits(Function):
         if dtype == torch.float32 and _suits_cpu(vectors, convolved, rstd, offset, vectors, bias):
             if offset is None:
                 return cpu.scale_and_shift(convolved, rstd, bias)
-            return cpu.scale_and_shift(cpu.subtract_outer(convolved.clone(), offset, vectors[0]), rstd, bias, inplace=True)
+            return cpu.scale_and_shift(
+                cpu.subtract_outer(convolved.clone(), offset, vectors[0]), rstd, bias, inplace=True
+            )
         ndim = convolved.dim() - 2
         scaled = convolved.to(var.dtype) * rstd
         for r in range(0 if offset is None else offset.shape[1]):
