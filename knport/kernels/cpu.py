@@ -125,10 +125,10 @@ def careful_means(x: Tensor, order: int) -> Tensor:
 
 
 def _parts(x: Tensor, *others: Tensor):
-    """Runs of images of `x`, scratch memory for each, and the same images of the others."""
+    """Runs of images of `x`, scratch memory for each where there are several, and the same images of the others."""
     size = x.numel() * x.element_size()
     if size <= WHOLE:
-        yield x, torch.empty_like(x), *others
+        yield x, None, *others  # a temporary of its own takes one call less
         return
     images = max(1, PART * x.shape[0] // size)
     scratch = torch.empty_like(x[:images])

@@ -102,13 +102,14 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     p, channels = how.dropout, x.shape[1]
     drawing = p > 0 and how.dropout_form == "moments"
     order = 4 if drawing else 2
-    maps = cpu.channel_sums(x, order)
-    mean, second, *higher = box_mean(how.window, maps, channels).unbind()
+    pixels, window = _seen(x, how)
+    maps = cpu.channel_sums(pixels, order)
+    mean, second, *higher = box_mean(window, maps, channels).unbind()
     left = torch.addcmul(second, mean, mean, value=-1 / TAME).min().item()
     divisor = channels
     if left < 0:
-        maps, divisor = cpu.careful_means(x, order), 1
-        mean, second, *higher = box_mean(how.window, maps, divisor).unbind()
+        maps, divisor = cpu.careful_means(pixels, order), 1
+        mean, second, *higher = box_mean(window, maps, divisor).unbind()
     own_mean = mean if how.kernel == how.window else box_mean(how.kernel, maps[0], divisor)
     few = n_weights is not None and n_weights < x.numel() and not drawing
     centred = n_weights is not None and (few or left < 0)
@@ -129,6 +130,15 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     if mean.dtype != torch.float32:
         mean, offset = mean.float(), None if offset is None else offset.float()
     return Statistics(mean, rstd, offset, centred, scale, None)
+
+
+def _seen(x: Tensor, how: Units) -> tuple[Tensor, Box]:
+    """x without the pixels that no unit has, and where the units lie there: strided 1 x 1 convolutions leave many out."""
+    box = how.window
+    if box.places > 1 or max(box.stride) == 1 or how.kernel != box or any(pair != (0, 0) for pair in box.padding):
+        return x, box
+    pixels = x[(..., *(slice(None, None, stride) for stride in box.stride))].clone()  # in the order of x
+    return pixels, box._replace(stride=(1,) * len(box.stride))
 
 
 def _dropped(
