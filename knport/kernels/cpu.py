@@ -22,6 +22,10 @@ WHOLE, PART = 2**24, 2**22
 FEW_CHANNELS = 8
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+without_autograd = torch._C._AutoDispatchBelowAutograd
+"""A context in which operators do not pass through autograd, as in PyTorch's own custom operators; with gradients off
+they would pass through it for nothing."""
+
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether these are plain, non-empty float32 tensors on a CPU, outside of autocast, tracing and transforms.

@@ -43,8 +43,9 @@ def kn_conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Units, formula:
     requires_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if requires_grad and torch.is_grad_enabled():
         return _KNConv.apply(x, weight, bias, how, formula)
-    of_units, _, shifted = _forward(x, weight, how)
-    return cpu.scale_and_shift(shifted, of_units.rstd, bias, inplace=True)
+    with cpu.without_autograd():
+        of_units, _, shifted = _forward(x, weight, how)
+        return cpu.scale_and_shift(shifted, of_units.rstd, bias, inplace=True)
 
 
 def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor, Tensor]:
@@ -60,10 +61,11 @@ def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor,
 class _KNConv(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, how, formula):
-        of_units, sums, shifted = _forward(x, weight, how)
-        ctx.how, ctx.formula = how, formula
-        keep(ctx, of_units, x, weight, bias, shifted, sums)
-        return cpu.scale_and_shift(shifted, of_units.rstd, bias)
+        with cpu.without_autograd():
+            of_units, sums, shifted = _forward(x, weight, how)
+            ctx.how, ctx.formula = how, formula
+            keep(ctx, of_units, x, weight, bias, shifted, sums)
+            return cpu.scale_and_shift(shifted, of_units.rstd, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -72,17 +74,23 @@ class _KNConv(Function):
         if torch.is_grad_enabled():
             y = ctx.formula(x, weight, bias, how, drawn=draw_of(of_units))
             return *differentiable(y, (x, weight, bias), grad, wanted), None, None
-        grad_convolved, grad_rstd, grad_offset, grad_sums, grad_bias = cpu.scale_and_shift_backward(
-            grad, shifted, of_units.rstd, of_units.offset, sums.view(-1), bias is not None, inplace=not _graph_is_kept()
-        )
-        filters = _centred(weight, sums) if of_units.centred else weight
-        grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)
-        if wanted[1]:
-            grad_weight = _of_filters(grad_weight, grad_sums, of_units.centred)
-        if wanted[0]:
-            constant, slope, times = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
-            grad_x = cpu.add_input_gradient(grad_x, x, constant, slope, times)
-        return grad_x, grad_weight, grad_bias, None, None
+        with cpu.without_autograd():
+            return *_backward(grad, of_units, x, weight, bias, shifted, sums, how, wanted), None, None
+
+
+def _backward(grad, of_units: Statistics, x, weight, bias, shifted, sums, how: Units, wanted):
+    """The gradients of x, weight and bias; the memory of `shifted` is used again where nobody will ask for it."""
+    grad_convolved, grad_rstd, grad_offset, grad_sums, grad_bias = cpu.scale_and_shift_backward(
+        grad, shifted, of_units.rstd, of_units.offset, sums.view(-1), bias is not None, inplace=not _graph_is_kept()
+    )
+    filters = _centred(weight, sums) if of_units.centred else weight
+    grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)
+    if wanted[1]:
+        grad_weight = _of_filters(grad_weight, grad_sums, of_units.centred)
+    if wanted[0]:
+        constant, slope, times = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
+        grad_x = cpu.add_input_gradient(grad_x, x, constant, slope, times)
+    return grad_x, grad_weight, grad_bias
 
 
 def _graph_is_kept() -> bool:

@@ -133,7 +133,7 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
 
 
 def _seen(x: Tensor, how: Units) -> tuple[Tensor, Box]:
-    """x without the pixels that no unit has, and where the units lie there: strided 1 x 1 convolutions leave many out."""
+    """x without the pixels that no unit has, and where the units lie there: strided 1 x 1 kernels leave out many."""
     box = how.window
     if box.places > 1 or max(box.stride) == 1 or how.kernel != box or any(pair != (0, 0) for pair in box.padding):
         return x, box
