@@ -21,7 +21,7 @@ from torch import Tensor
 from knport.geometry import Box
 
 # Pixels times units of a map, from where on the zeros of the matrix cost more than the calls saved.
-LARGEST_MATRIX = 2**12
+LARGEST_MATRIX = 2**15
 
 
 def box_mean(box: Box, sums: Tensor, channels: int) -> Tensor:
