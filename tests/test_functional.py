@@ -20,6 +20,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 GEOMETRIES = {
     "plain": (5, 7, 3, 1, 1, 1, 1, "zeros", None),
     "pointwise": (5, 7, 1, 1, 0, 1, 1, "zeros", None),
+    "strided pointwise": (16, 7, 1, (2, 3), 0, 1, 1, "zeros", None),
     "even kernel, one side padded": (5, 7, 2, 1, ((1, 0), (0, 1)), 1, 1, "zeros", None),
     "strided, one side padded": (5, 7, 2, 2, ((0, 1), (0, 1)), 1, 1, "zeros", None),
     "strided, other side padded": (5, 7, 2, 2, ((1, 0), (1, 0)), 1, 1, "zeros", None),

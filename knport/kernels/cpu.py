@@ -140,18 +140,20 @@ def _parts(x: Tensor, *others: Tensor):
         yield part, scratch[: part.shape[0]], *rest
 
 
-def subtract_outer(convolved: Tensor, offset: Tensor, vector: Tensor) -> Tensor:
-    """convolved - offset vector, in the memory of `convolved` where that is dense.
+def subtract_outer(convolved: Tensor, offset: Tensor, vector: Tensor, *, inplace: bool = False) -> Tensor:
+    """convolved - offset vector.
 
     Args:
         convolved: (N, C, O, P).
         offset, vector: (N, 1, O, P) and (C,).
+        inplace: overwrite `convolved` where it is dense.
     """
     at = _flat(convolved)
     if not (at is _Rows or convolved.is_contiguous()):
         convolved = convolved.contiguous()
-    at.all(convolved).addcmul_(at.map(offset), at.vector(vector), value=-1)
-    return convolved
+    result = convolved if inplace else torch.empty_like(convolved)
+    torch.addcmul(at.all(convolved), at.map(offset), at.vector(vector), value=-1, out=at.all(result))
+    return result
 
 
 def scale_and_shift(shifted: Tensor, rstd: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
@@ -190,8 +192,8 @@ def scale_and_shift_backward(
         shifted, rstd: as they were.
         offset, vector: what was subtracted before, or None.
         has_bias: whether there was one.
-        inplace: overwrite `shifted`: less memory, and no time to fetch any into the caches, here and in the
-            convolution that follows.
+        inplace: overwrite `shifted` with its gradient. Its memory has just been read, and is faster than new memory
+            here and in the convolution that follows.
 
     Returns:
         those of shifted (N, C, O, P), of rstd (N, 1, O, P), of offset (N, 1, O, P), of vector (C,), of bias (C,); None

@@ -55,7 +55,7 @@ def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor,
     convolved = _convolve(x, _centred(weight, sums) if of_units.centred else weight, how)
     if of_units.offset is None:
         return of_units, sums, convolved
-    return of_units, sums, cpu.subtract_outer(convolved, of_units.offset, sums.view(-1))
+    return of_units, sums, cpu.subtract_outer(convolved, of_units.offset, sums.view(-1), inplace=True)
 
 
 class _KNConv(Function):

@@ -99,7 +99,8 @@ def draw(second: Tensor, third: Tensor, fourth: Tensor, p: float, n: int) -> Dra
 def _deviates(like: Tensor) -> tuple[Tensor, ...]:
     """Two maps of standard normal numbers in float32, of the shape of `like`, independent of each other in every unit.
 
-    Numbers take their time: the second map of an image is the first of the next.
+    Drawing takes longer than using what is drawn: the second map of an image is the first of the next image, so that
+    N + 1 maps do for N images.
     """
     compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if compiled and like.device.type == "cpu":
@@ -180,9 +181,7 @@ class _NormalizeUnits(Function):
         if dtype == torch.float32 and _suits_cpu(vectors, convolved, rstd, offset, vectors, bias):
             if offset is None:
                 return cpu.scale_and_shift(convolved, rstd, bias)
-            return cpu.scale_and_shift(
-                cpu.subtract_outer(convolved.clone(), offset, vectors[0]), rstd, bias, inplace=True
-            )
+            return cpu.scale_and_shift(cpu.subtract_outer(convolved, offset, vectors[0]), rstd, bias, inplace=True)
         ndim = convolved.dim() - 2
         scaled = convolved.to(var.dtype) * rstd
         for r in range(0 if offset is None else offset.shape[1]):
@@ -213,14 +212,14 @@ class _NormalizeUnits(Function):
 
 
 def _suits_cpu(vectors: Tensor | None, *tensors: Tensor | None) -> bool:
-    """Whether the passes of `cpu` are for these: a sum of outer products they do not know, nor derivatives."""
+    """Whether the passes of `cpu` can be used: with one outer product at most, and without a second derivative."""
     return (vectors is None or len(vectors) == 1) and not torch.is_grad_enabled() and cpu.takes(*tensors)
 
 
 def _normalize_backward_on_cpu(grad, convolved, rstd, offset, vectors, has_bias: bool):
     if offset is None:
         return cpu.scale_and_shift_backward(grad, convolved, rstd, None, None, has_bias)
-    shifted = cpu.subtract_outer(convolved.clone(), offset, vectors[0])
+    shifted = cpu.subtract_outer(convolved, offset, vectors[0])
     grads = cpu.scale_and_shift_backward(grad, shifted, rstd, offset, vectors[0], has_bias, inplace=True)
     grad_convolved, grad_rstd, grad_offset, grad_vector, grad_bias = grads
     return grad_convolved, grad_rstd, grad_offset, grad_vector[None], grad_bias
