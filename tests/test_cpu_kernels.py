@@ -125,12 +125,18 @@ def test_layouts_agree_and_stay():
         torch.testing.assert_close(a, b)
 
 
-def test_a_gradient_in_another_order_or_expanded():
+@pytest.mark.parametrize("images", [False, True], ids=["features", "images"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_gradient_in_another_order_or_expanded(p, images):
     (x, weight, bias), settings = arguments("plain", 2, torch.float32)
-    y = functional.kn_conv(x.to(memory_format=torch.channels_last), weight, bias, **settings)
+    x, weight = x.repeat(1, 13, 1, 1), weight.detach().repeat(1, 13, 1, 1).requires_grad_()
+    x = x.detach().to(memory_format=torch.channels_last).requires_grad_(not images)
+    wanted = (weight, bias) if images else (x, weight, bias)
+    y = functional.kn_conv(x, weight, bias, **settings, dropout=p)
+    assert is_fused(y)
     cotangent = torch.randn(1, 7, 1, 1)
-    ours = torch.autograd.grad(y, (x, weight, bias), cotangent.expand_as(y), retain_graph=True)
-    theirs = torch.autograd.grad(y, (x, weight, bias), cotangent.repeat(2, 1, *y.shape[2:]))
+    ours = torch.autograd.grad(y, wanted, cotangent.expand_as(y), retain_graph=True)
+    theirs = torch.autograd.grad(y, wanted, cotangent.repeat(2, 1, *y.shape[2:]))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -225,18 +231,20 @@ def test_parts_add_up(layout, monkeypatch):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("images", [False, True], ids=["features", "images"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_two_full_size_tensors_are_kept_and_maps(p):
-    """x and the convolution; everything else has one channel or is a parameter."""
+def test_two_full_size_tensors_are_kept_and_maps(p, images):
+    """x and, unless x is images and needs no gradient, the convolution; everything else has one channel or is a
+    parameter."""
     x, weight, bias = torch.randn(2, 16, 9, 9), torch.randn(24, 16, 3, 3), torch.randn(24)
     kept = []
-    weight.requires_grad_()
+    x.requires_grad_(not images), weight.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = functional.kn_conv(x, weight, bias, padding=((1, 1), (2, 0)), dropout=p)
     assert is_fused(y)
     kept = list({t.data_ptr(): t for t in kept}.values())
     full = [t for t in kept if t.numel() > 2 * 9 * 9 and t is not weight]
-    assert sorted(t.shape[1] for t in full) == [16, 24]
+    assert sorted(t.shape[1] for t in full) == ([16] if images else [16, 24])
     maps = [t for t in kept if t.shape[:2] == (2, 1)]
     assert len(maps) <= (8 if p else 2) and len(kept) <= len(maps) + 5  # weight, bias and the sums of the filters
 

@@ -151,9 +151,10 @@ def subtract_outer(convolved: Tensor, offset: Tensor, vector: Tensor, *, inplace
     at = _flat(convolved)
     if not (at is _Rows or convolved.is_contiguous()):
         convolved = convolved.contiguous()
-    result = convolved if inplace else torch.empty_like(convolved)
-    torch.addcmul(at.all(convolved), at.map(offset), at.vector(vector), value=-1, out=at.all(result))
-    return result
+    elif not inplace:
+        convolved = convolved.clone()
+    at.all(convolved).addcmul_(at.map(offset), at.vector(vector), value=-1)
+    return convolved
 
 
 def scale_and_shift(shifted: Tensor, rstd: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
@@ -177,7 +178,7 @@ def scale_and_shift(shifted: Tensor, rstd: Tensor, bias: Tensor | None, *, inpla
 
 def scale_and_shift_backward(
     grad: Tensor,
-    shifted: Tensor,
+    shifted: Tensor | None,
     rstd: Tensor,
     offset: Tensor | None,
     vector: Tensor | None,
@@ -189,46 +190,57 @@ def scale_and_shift_backward(
 
     Args:
         grad: of the result, (N, C, O, P).
-        shifted, rstd: as they were.
+        shifted, rstd: as they were; None for shifted if the gradients of the maps are not wanted.
         offset, vector: what was subtracted before, or None.
         has_bias: whether there was one.
         inplace: overwrite `shifted` with its gradient. Its memory has just been read, and is faster than new memory
             here and in the convolution that follows.
 
     Returns:
-        those of shifted (N, C, O, P), of rstd (N, 1, O, P), of offset (N, 1, O, P), of vector (C,), of bias (C,); None
-        where there is no such argument.
+        those of shifted (N, C, O, P), of rstd (N, 1, O, P), of offset (N, 1, O, P), of -vector (C,), of bias (C,); None
+        where there is no such argument, or it is not wanted.
     """
-    if grad.stride() != shifted.stride():  # two orders at once are slow: expanded, or not channels-last
-        grad = torch.empty_like(shifted).copy_(grad)
-    scaled = shifted if inplace else torch.empty_like(grad)
-    # the products lie in the memory of the result, which is overwritten after
-    grad_rstd = torch.mul(grad, shifted, out=scaled).sum(1, keepdim=True)
-    torch.mul(grad, rstd, out=scaled)
+    if shifted is None:
+        scaled, grad_rstd = grad * rstd, None
+        grad = _in_order_of(scaled, grad)
+    else:
+        grad = _in_order_of(shifted, grad)
+        scaled = shifted if inplace else torch.empty_like(grad)
+        # the products lie in the memory of the result, which is overwritten after
+        grad_rstd = torch.mul(grad, shifted, out=scaled).sum(1, keepdim=True)
+        torch.mul(grad, rstd, out=scaled)
     if offset is None:
         return scaled, grad_rstd, None, None, grad.sum((0, *range(2, grad.dim()))) if has_bias else None
-    at = _flat(grad)
-    if has_bias:  # its gradient and that of the vector are sums over units with other factors: one pass
-        factors = grad.new_ones(grad.shape[0], 2, *grad.shape[2:])
-        torch.mul(offset, rstd, out=factors[:, :1])
-        along_offset, grad_bias = at.over_units(grad, factors).unbind()
-    else:
-        (along_offset,), grad_bias = at.over_units(scaled, offset), None
-    return scaled, grad_rstd, at.over_channels(scaled, -vector), -along_offset, grad_bias
+    at = _flat(scaled)
+    flat = at.all(scaled)
+    grad_offset = None if shifted is None else at.over_channels(flat, -vector).view(rstd.shape)
+    if not has_bias:
+        return scaled, grad_rstd, grad_offset, at.over_units(flat, offset)[0], None
+    # the gradients of bias and vector are sums over units with other factors: one pass
+    factors = offset.new_ones(offset.shape[0], 2, *offset.shape[2:])
+    torch.mul(offset, rstd, out=factors[:, :1])
+    return scaled, grad_rstd, grad_offset, *at.over_units(at.all(grad), factors).unbind()
+
+
+def _in_order_of(y: Tensor, grad: Tensor) -> Tensor:
+    """grad, or a copy in the order of y: two orders at once are slow (what is expanded, or not channels-last)."""
+    return grad if grad.stride() == y.stride() else torch.empty_like(y).copy_(grad)
 
 
 class _Rows:
-    """How to see (N, C, O, P) in channels-last order: as rows of channels, (L, C). With fewer dimensions a map or a
-    vector among the factors costs no more than a number."""
+    """How to see (N, C, O, P) in channels-last order: for every image as rows of channels, (N, L, C). With fewer
+    dimensions a map or a vector among the factors costs no more than a number."""
 
     @staticmethod
     def all(y: Tensor) -> Tensor:
-        return as_rows(y)
+        n, channels, *_ = y.shape
+        size = y.numel() // n
+        return y.as_strided((n, size // channels, channels), (size, channels, 1))
 
     @staticmethod
     def map(y: Tensor) -> Tensor:
         """(N, 1, O, P), to multiply by."""
-        return y.reshape(-1, 1)
+        return y.reshape(y.shape[0], -1, 1)
 
     @staticmethod
     def vector(y: Tensor) -> Tensor:
@@ -236,17 +248,15 @@ class _Rows:
         return y
 
     @staticmethod
-    def over_channels(y: Tensor, vector: Tensor) -> Tensor:
-        """sum_c y_c vector_c: y (N, C, O, P), vector (C,) -> (N, 1, O, P); by images, on all cores."""
-        n, channels, *size = y.shape
-        vectors = vector.as_strided((n, channels, 1), (0, 1, channels))  # in another order bmm copies, or is slow
-        return torch.bmm(as_rows(y).view(n, -1, channels), vectors).view(n, 1, *size)
+    def over_channels(flat: Tensor, vector: Tensor) -> Tensor:
+        """sum_c y_c vector_c: vector (C,) -> (N, L, 1); by images, on all cores."""
+        n, _, channels = flat.shape
+        return torch.bmm(flat, vector.as_strided((n, channels, 1), (0, 1, channels)))  # else bmm copies, or is slow
 
     @staticmethod
-    def over_units(y: Tensor, maps: Tensor) -> Tensor:
-        """sum over units of maps_r y_c: y (N, C, O, P), maps (N, R, O, P) -> (R, C); by images, on all cores."""
-        n, channels = y.shape[:2]
-        return torch.bmm(maps.flatten(2), as_rows(y).view(n, -1, channels)).sum(0)
+    def over_units(flat: Tensor, maps: Tensor) -> Tensor:
+        """sum over units of maps_r y_c: maps (N, R, O, P) -> (R, C); by images, on all cores."""
+        return torch.bmm(maps.flatten(2), flat).sum(0)
 
 
 class _Columns:
@@ -265,13 +275,12 @@ class _Columns:
         return y[:, None]
 
     @staticmethod
-    def over_channels(y: Tensor, vector: Tensor) -> Tensor:
-        n, _, *size = y.shape
-        return torch.matmul(vector, y.flatten(2)).view(n, 1, *size)
+    def over_channels(flat: Tensor, vector: Tensor) -> Tensor:
+        return torch.matmul(vector, flat)
 
     @staticmethod
-    def over_units(y: Tensor, maps: Tensor) -> Tensor:
-        return torch.bmm(maps.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
+    def over_units(flat: Tensor, maps: Tensor) -> Tensor:
+        return torch.bmm(maps.flatten(2), flat.transpose(1, 2)).sum(0)
 
 
 def _flat(y: Tensor) -> type[_Rows] | type[_Columns]:

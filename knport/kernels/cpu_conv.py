@@ -4,7 +4,8 @@
     backward    dy, c -> dc, d rstd, d delta, db;    dx += constant + slope x
 
 with c the convolution and all between on one-channel maps (Nasirigerdeh et al., TMLR 2024, Eq. 5). Kept for the
-backward pass: x, c - delta sum(W), whose memory that pass uses again for dc, and one-channel maps.
+backward pass: x, c - delta sum(W), whose memory that pass uses again for dc, and one-channel maps. A stem, whose x is
+images and needs no gradient, keeps x and maps only.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class _KNConv(Function):
         with cpu.without_autograd():
             of_units, sums, shifted = _forward(x, weight, how)
             ctx.how, ctx.formula = how, formula
-            keep(ctx, of_units, x, weight, bias, shifted, sums)
-            return cpu.scale_and_shift(shifted, of_units.rstd, bias)
+            of_x = ctx.needs_input_grad[0]  # only the gradient of the statistics asks for the convolution again
+            keep(ctx, of_units, x, weight, bias, shifted if of_x else None, sums)
+            return cpu.scale_and_shift(shifted, of_units.rstd, bias, inplace=not of_x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -80,13 +82,13 @@ class _KNConv(Function):
 
 def _backward(grad, of_units: Statistics, x, weight, bias, shifted, sums, how: Units, wanted):
     """The gradients of x, weight and bias; the memory of `shifted` is used again where nobody will ask for it."""
-    grad_convolved, grad_rstd, grad_offset, grad_sums, grad_bias = cpu.scale_and_shift_backward(
+    grad_convolved, grad_rstd, grad_offset, along_offset, grad_bias = cpu.scale_and_shift_backward(
         grad, shifted, of_units.rstd, of_units.offset, sums.view(-1), bias is not None, inplace=not _graph_is_kept()
     )
     filters = _centred(weight, sums) if of_units.centred else weight
     grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)
     if wanted[1]:
-        grad_weight = _of_filters(grad_weight, grad_sums, of_units.centred)
+        grad_weight = _of_filters(grad_weight, along_offset, of_units.centred)
     if wanted[0]:
         constant, slope, times = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
         grad_x = cpu.add_input_gradient(grad_x, x, constant, slope, times)
@@ -110,12 +112,12 @@ def _centred(weight: Tensor, sums: Tensor) -> Tensor:
     return torch.sub(weight, sums, alpha=sums.shape[0] / weight.numel())
 
 
-def _of_filters(grad: Tensor, grad_sums: Tensor | None, centred: bool) -> Tensor:
-    """The gradient of the filters as given, from that of the filters used, which is overwritten, and that of their
-    sums, (C_out,)."""
+def _of_filters(grad: Tensor, along_offset: Tensor | None, centred: bool) -> Tensor:
+    """The gradient of the filters as given, from that of the filters used, which is overwritten, and that of minus
+    their sums, (C_out,)."""
     if centred:
         grad = grad.sub_(_sums(grad), alpha=grad.shape[0] / grad.numel())
-    return grad if grad_sums is None else grad.add_(grad_sums.view(-1, *(1,) * (grad.dim() - 1)))
+    return grad if along_offset is None else grad.sub_(along_offset.view(-1, *(1,) * (grad.dim() - 1)))
 
 
 def _convolve(x: Tensor, weight: Tensor, how: Units) -> Tensor:

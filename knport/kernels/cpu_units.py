@@ -193,13 +193,14 @@ def statistics_backward(
     mean, rstd, _, centred, scale, drawn = of_units
     maps = mean.new_empty(2, *mean.shape)
     constant, slope = maps.unbind()
-    minus_twice = torch.mul(grad_rstd, rstd, out=slope).mul_(rstd).mul_(rstd)  # -2 dL/dvar', bounded or not
+    minus_twice = torch.mul(grad_rstd, rstd.pow(3), out=slope)  # -2 dL/dvar', bounded or not
     free = minus_twice.masked_fill(drawn.bounded, 0) if drawn and drawn.bounded is not None else minus_twice
-    torch.mul(mean, free, out=constant)
     # Filters of mean 0 take the kernel's own mean away: where that is mu, the offset's share in dL/dmu' cancels.
     cancels = grad_offset is None or (centred and how.kernel == how.window)
-    if not cancels:
-        constant.add_(grad_offset)
+    if cancels:
+        torch.mul(mean, free, out=constant)
+    else:
+        torch.addcmul(grad_offset, mean, free, out=constant)
     times = -1.0
     if drawn:
         grad_moved = constant + grad_offset if cancels else constant

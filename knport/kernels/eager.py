@@ -221,8 +221,8 @@ def _normalize_backward_on_cpu(grad, convolved, rstd, offset, vectors, has_bias:
         return cpu.scale_and_shift_backward(grad, convolved, rstd, None, None, has_bias)
     shifted = cpu.subtract_outer(convolved, offset, vectors[0])
     grads = cpu.scale_and_shift_backward(grad, shifted, rstd, offset, vectors[0], has_bias, inplace=True)
-    grad_convolved, grad_rstd, grad_offset, grad_vector, grad_bias = grads
-    return grad_convolved, grad_rstd, grad_offset, grad_vector[None], grad_bias
+    grad_convolved, grad_rstd, grad_offset, minus_grad_vector, grad_bias = grads
+    return grad_convolved, grad_rstd, grad_offset, -minus_grad_vector[None], grad_bias
 
 
 def _normalize_backward(grad, convolved, rstd, offset, vectors, has_bias: bool):
