@@ -57,7 +57,7 @@ KN_PARTS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
             "add_input_gradient",
         )
     ),
-    "filters": ((cpu_conv, "_sums"), (cpu_conv, "_centred"), (cpu_conv, "_of_filters")),
+    "filters": ((cpu_conv, "filter_sums"), (cpu_conv, "_centred"), (cpu_conv, "_of_filters")),
     "maps": ((cpu_conv, "statistics"), (cpu_conv, "statistics_backward")),
 }
 TORCH_PARTS = {"convolution": ("convolution",), "batchnorm": ("native_batch_norm",)}

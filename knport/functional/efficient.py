@@ -230,7 +230,7 @@ def _convolve(x: Tensor, weight: Tensor, how: Units) -> tuple[Tensor, Tensor | N
     Sums are (C_out,) in float32 or better.
     """
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    of_filters = _sums(exact)
+    of_filters = cpu_conv.filter_sums(exact)
     exact_sum = of_filters.flatten()
     _, stride, pairs, dilation = how.kernel
     where = (stride, pairs, dilation, how.groups, how.padding_mode)
@@ -241,13 +241,8 @@ def _convolve(x: Tensor, weight: Tensor, how: Units) -> tuple[Tensor, Tensor | N
             x = x.to(exact.dtype)
             return _padded_convolution(x, exact, *where), exact_sum, exact_sum
     used = (exact - of_filters / math.prod(weight.shape[1:])).to(_compute_dtype(x))
-    used_sum = None if used.dtype == exact.dtype else _sums(used.to(exact.dtype)).flatten()
+    used_sum = None if used.dtype == exact.dtype else cpu_conv.filter_sums(used.to(exact.dtype)).flatten()
     return _padded_convolution(x, used, *where), used_sum, exact_sum
-
-
-def _sums(weight: Tensor) -> Tensor:
-    """Of every filter, (C_out, 1, 1, 1). Flattened first, filters in channels-last order would be copied."""
-    return weight.sum(tuple(range(1, weight.dim())), keepdim=True)
 
 
 def _padded_convolution(x, weight, stride, pairs: Pairs, dilation, groups, padding_mode) -> Tensor:

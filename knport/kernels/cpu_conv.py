@@ -52,7 +52,7 @@ def kn_conv(x: Tensor, weight: Tensor, bias: Tensor | None, how: Units, formula:
 def _forward(x: Tensor, weight: Tensor, how: Units) -> tuple[Statistics, Tensor, Tensor]:
     """The statistics, the sums of the filters (C_out, 1, 1, 1), and c - delta sum(W)."""
     of_units = statistics(x, how, weight.numel() if how.groups == 1 else None)
-    sums = _sums(weight)
+    sums = filter_sums(weight)
     convolved = _convolve(x, _centred(weight, sums) if of_units.centred else weight, how)
     if of_units.offset is None:
         return of_units, sums, convolved
@@ -103,8 +103,8 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _sums(weight: Tensor) -> Tensor:
-    """Of every filter, (C_out, 1, 1, 1)."""
+def filter_sums(weight: Tensor) -> Tensor:
+    """The sum of every filter, (C_out, 1, 1, 1). Flattened first, filters in channels-last order would be copied."""
     return weight.sum(tuple(range(1, weight.dim())), keepdim=True)
 
 
@@ -116,7 +116,7 @@ def _of_filters(grad: Tensor, along_offset: Tensor | None, centred: bool) -> Ten
     """The gradient of the filters as given, from that of the filters used, which is overwritten, and that of minus
     their sums, (C_out,)."""
     if centred:
-        grad = grad.sub_(_sums(grad), alpha=grad.shape[0] / grad.numel())
+        grad = grad.sub_(filter_sums(grad), alpha=grad.shape[0] / grad.numel())
     return grad if along_offset is None else grad.sub_(along_offset.view(-1, *(1,) * (grad.dim() - 1)))
 
 

@@ -207,8 +207,8 @@ class _NormalizeUnits(Function):
         grad_convolved, grad_rstd, grad_offset, grad_vectors, grad_bias = grads
         if torch.compiler.is_compiling() and not ctx.needs_input_grad[2] and grad.device.type == "cpu":
             # A stem, whose input needs no gradient, would have no use for its convolution here. The compiler then keeps
-            # the mask of the ReLU that follows, as booleans, and its code for these is slow on CPUs: a ResNet-18's step
-            # at 224 x 224 took a tenth longer. With the convolution at hand it computes the mask again.
+            # the mask of the ReLU that follows, as booleans, and its code for these is slow on CPUs
+            # (docs/benchmarks.md). With the convolution at hand it computes the mask again.
             grad_convolved = grad_convolved + 0 * convolved
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
