@@ -8,6 +8,7 @@ Legend: N images, C channels, H x W the input's map, O x P the units, L = O P, R
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,13 @@ def takes(*tensors: Tensor | None) -> bool:
     return True
 
 
+@functools.lru_cache(maxsize=1024)
+def number(value: float, dtype: torch.dtype) -> Tensor:
+    """A tensor of one number. A Python number is made into one at every call, which takes as long as a small map."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return torch.tensor(value, dtype=dtype)
+
+
 def channel_sums(x: Tensor, order: int) -> Tensor:
     """The sums of x, x^2 and, for order 4, x^3 and x^4 over the channels of every pixel.
 
@@ -59,7 +67,7 @@ def channel_sums(x: Tensor, order: int) -> Tensor:
         return sums
     first, second, *higher = sums.unbind()
     torch.sum(x, 1, keepdim=True, out=first)
-    for part, scratch, *powers in _parts(x, second, *higher):
+    for part, scratch, *powers in parts(x, second, *higher):
         square = torch.mul(part, part, out=scratch)
         torch.sum(square, 1, keepdim=True, out=powers[0])
         if higher:
@@ -94,7 +102,7 @@ def _row_sums(x: Tensor, order: int) -> Tensor:
         second, first = _dots(x, x)
         return torch.stack([first, second])
     sums = []
-    for part, scratch in _parts(x):
+    for part, scratch in parts(x):
         square = torch.mul(part, part, out=scratch)
         (third, first), (fourth, second) = _dots(part, square), _dots(square, square)
         sums.append(torch.stack([first, second, third, fourth]))
@@ -121,14 +129,14 @@ def careful_means(x: Tensor, order: int) -> Tensor:
     cancels."""
     means = channel_sums(x, order).double().div_(x.shape[1])
     mean, square, *_ = means
-    for part, scratch, center, var in _parts(x, mean.float(), square):
+    for part, scratch, center, var in parts(x, mean.float(), square):
         deviation = torch.sub(part, center, out=scratch)
         var.copy_(deviation.mul_(deviation).mean(1, keepdim=True))
     square.addcmul_(mean, mean)
     return means
 
 
-def _parts(x: Tensor, *others: Tensor):
+def parts(x: Tensor, *others: Tensor):
     """Runs of images of `x`, scratch memory for each where there are several, and the same images of the others."""
     size = x.numel() * x.element_size()
     if size <= WHOLE:
@@ -185,6 +193,7 @@ def scale_and_shift_backward(
     has_bias: bool,
     *,
     inplace: bool = False,
+    out: Tensor | None = None,
 ):
     """The gradients of `scale_and_shift` after `subtract_outer`.
 
@@ -195,13 +204,14 @@ def scale_and_shift_backward(
         has_bias: whether there was one.
         inplace: overwrite `shifted` with its gradient. Its memory has just been read, and is faster than new memory
             here and in the convolution that follows.
+        out: dense memory for that gradient where `shifted` is None; None for new memory.
 
     Returns:
         those of shifted (N, C, O, P), of rstd (N, 1, O, P), of offset (N, 1, O, P), of -vector (C,), of bias (C,); None
         where there is no such argument, or it is not wanted.
     """
     if shifted is None:
-        scaled, grad_rstd = grad * rstd, None
+        scaled, grad_rstd = torch.mul(grad, rstd, out=out), None
         grad = _in_order_of(scaled, grad)
     else:
         grad = _in_order_of(shifted, grad)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from knport.geometry import Box
+from knport.kernels import cpu
 
 # Pixels times units of a map, from where on the zeros of the matrix cost more than the calls saved.
 LARGEST_MATRIX = 2**15
@@ -131,7 +132,7 @@ class _Shifts(NamedTuple):
         sums = torch.constant_pad_nd(maps, self.pairs)
         for copies in self.shifts:
             sums = sums.as_strided(*copies).sum(0)
-        return torch.div(sums.as_strided(*self.result), self.entries)
+        return torch.div(sums.as_strided(*self.result), cpu.number(self.entries, sums.dtype))
 
     @classmethod
     def of(cls, lead: tuple[int, ...], lines: Sequence[_Line], entries: int) -> _Shifts:

@@ -77,22 +77,42 @@ class _KNConv(Function):
             y = ctx.formula(x, weight, bias, how, drawn=draw_of(of_units))
             return *differentiable(y, (x, weight, bias), grad, wanted), None, None
         with cpu.without_autograd():
-            return *_backward(grad, of_units, x, weight, bias, shifted, sums, how, wanted), None, None
+            filters = _centred(weight, sums) if of_units.centred else weight
+            if shifted is None:
+                grads = None, *_backward_of_images(grad, of_units, x, filters, bias, sums, how, wanted)
+            else:
+                grads = _backward(grad, of_units, x, filters, bias, shifted, sums, how, wanted)
+            return *grads, None, None
 
 
-def _backward(grad, of_units: Statistics, x, weight, bias, shifted, sums, how: Units, wanted):
+def _backward(grad, of_units: Statistics, x, filters, bias, shifted, sums, how: Units, wanted):
     """The gradients of x, weight and bias; the memory of `shifted` is used again where nobody will ask for it."""
     grad_convolved, grad_rstd, grad_offset, along_offset, grad_bias = cpu.scale_and_shift_backward(
         grad, shifted, of_units.rstd, of_units.offset, sums.view(-1), bias is not None, inplace=not _graph_is_kept()
     )
-    filters = _centred(weight, sums) if of_units.centred else weight
     grad_x, grad_weight = _convolve_backward(grad_convolved, x, filters, how, wanted)
-    if wanted[1]:
-        grad_weight = _of_filters(grad_weight, along_offset, of_units.centred)
-    if wanted[0]:
-        constant, slope, times = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
-        grad_x = cpu.add_input_gradient(grad_x, x, constant, slope, times)
-    return grad_x, grad_weight, grad_bias
+    constant, slope, times = statistics_backward(x, of_units, grad_rstd, grad_offset, how)
+    grad_x = cpu.add_input_gradient(grad_x, x, constant, slope, times)
+    return grad_x, _of_filters(grad_weight, along_offset, of_units.centred) if wanted[1] else None, grad_bias
+
+
+def _backward_of_images(grad, of_units: Statistics, x, filters, bias, sums, how: Units, wanted):
+    """The gradients of weight and bias where x needs none: in parts, so that nothing as large as the output is made."""
+    found: tuple[Tensor | None, ...] | None = None
+    offsets = () if of_units.offset is None else (of_units.offset,)
+    for part, scratch, images, rstd, *offset in cpu.parts(grad, x, of_units.rstd, *offsets):
+        grad_convolved, _, _, along_offset, grad_bias = cpu.scale_and_shift_backward(
+            part, None, rstd, *(offset or (None,)), sums.view(-1), bias is not None, out=scratch
+        )
+        grad_weight = _convolve_backward(grad_convolved, images, filters, how, wanted)[1]
+        of_part = grad_weight, along_offset, grad_bias
+        found = of_part if found is None else tuple(map(_plus, found, of_part))
+    grad_weight, along_offset, grad_bias = found
+    return _of_filters(grad_weight, along_offset, of_units.centred) if wanted[1] else None, grad_bias
+
+
+def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return None if total is None else total.add_(more)
 
 
 def _graph_is_kept() -> bool:

@@ -123,7 +123,7 @@ def statistics(x: Tensor, how: Units, n_weights: int | None = None) -> Statistic
     if p:
         var = var.add_(second, alpha=scale - 1)  # scale m_2 - mu^2
     if plain:  # m_2 is of no more use, and shares its memory with the mean, which is kept
-        rstd = torch.rsqrt(var.add_(how.eps), out=second)
+        rstd = torch.rsqrt(var.add_(cpu.number(how.eps, var.dtype)), out=second)
     else:
         rstd = reciprocal_sd(own_mean.float(), var.float().clamp_min_(0), how.eps)
     offset = mean if not centred else None if own_mean is mean else mean - own_mean
@@ -162,7 +162,8 @@ def _dropped(
         rest = fourth.addcmul_(slope, third, value=SPARED - 1).sqrt_()
     else:
         rest = fourth.addcmul_(slope, third, value=-1).clamp_min_(0).sqrt_()
-    drawn_second = torch.addcmul(second, slope, moved).addcmul_(rest, other).mul_(1 / keep)  # m_2'
+    drawn_second = torch.addcmul(second, slope, moved).addcmul_(rest, other)
+    drawn_second.mul_(cpu.number(1 / keep, second.dtype))  # m_2'
     scale, ratio = drawn_second / positive, moved / positive
     dropped = mean + moved
     var = torch.addcmul(drawn_second, dropped, dropped, value=-1)
@@ -171,7 +172,10 @@ def _dropped(
         floor = moved.square()
         bounded = var <= floor
         var = torch.maximum(var, floor)
-    rstd = var.add_(how.eps).rsqrt_() if plain else reciprocal_sd(own_mean.float(), var.float(), how.eps)
+    if plain:
+        rstd = var.add_(cpu.number(how.eps, var.dtype)).rsqrt_()
+    else:
+        rstd = reciprocal_sd(own_mean.float(), var.float(), how.eps)
     offset = dropped if not centred else moved if own_mean is mean else dropped - own_mean
     if second.dtype != torch.float32:
         dropped, offset, scale, shift, moved, ratio = (m.float() for m in (dropped, offset, scale, shift, moved, ratio))
