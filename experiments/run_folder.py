@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def write_text(path: Path, text: str) -> None:
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     packages = {
         package: _version(package) for package in ("torch", "timm", "torchvision", "accelerate", "opacus", "knport")
     }
@@ -136,6 +137,16 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
+
+
+def processor() -> str:
+    """The CPU's model and the vector instructions that PyTorch uses, e.g. "AMD EPYC, AVX2": both make it what it is."""
+    try:
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # no Linux
+        model = None
+    name = model[1].strip() if model else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(package: str) -> str | None:

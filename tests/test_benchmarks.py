@@ -373,6 +373,14 @@ def test_bars_by_median_and_worst():
     assert lines(bars.table([*older, *older, *older, *older, *good], 2))[key][3] == "1.25, 1.25, 1.25"
 
 
+def test_every_cpu_has_its_figures_and_the_last_is_judged():
+    key = "the same, dropout 0.05 (moments)"
+    rows = [row(device="cpu: old", ratio=1.3), row(device="cpu: x", ratio=1.2), row(device="cpu: x", ratio=1.0)]
+    text = bars.table(rows, 2)
+    assert lines(text)[key] == ["1.00", "<= 1.10 median, none over 1.20", "yes", "1.20", "1.30"]
+    assert "on cpu: old" in text and "\n\ncpu: x, 2 threads" in text and "\n\ncpu: old, 2 threads" in text
+
+
 def test_reach_is_shown_where_all_of_it_was_measured():
     plain = (names.PLAIN, names.STRAIGHT_PLAIN, names.ALONE_PLAIN)
     moments = (names.MOMENTS, names.STRAIGHT, names.ALONE)
@@ -505,11 +513,13 @@ def test_a_part_that_calls_another_does_not_count_it(monkeypatch):
 def test_what_a_bar_leaves(tmp_path):
     """1.05 x 10 ms less convolution (8 ms) and rest (0.5 ms) leave 2 ms."""
     path = tmp_path / "profile.csv"
-    about = {"date": "2026-01-01", "commit": "0123456789", "torch": "2.11.0", "threads": 2, "case": "N1 C8 4x4 k3"}
+    about = {"date": "2026-01-01", "commit": "0123456789", "device": "cpu: x", "torch": "2.11.0", "threads": 2}
+    about["case"] = "N1 C8 4x4 k3"
     norm = {"variant": names.BATCH, "step_ms": 10, "convolution_ms": 8, "batchnorm_ms": 1.5, "rest_ms": 0.5}
     ours = {"variant": names.PLAIN, "step_ms": 11, "convolution_ms": 8, "passes_ms": 1, "filters_ms": 0.5}
+    profile._append(path, about | norm | {"device": "cpu: old", "case": "N2 C8 4x4 k3"})
     for part in (norm, {**ours, "step_ms": 20, "maps_ms": 9}, {**ours, "maps_ms": 1.25, "rest_ms": 0.25}):
         profile._append(path, about | part)
     text = profile.table(path)
     assert "| N1 C8 4x4 k3 | KNConv2d p=0 | 1.05 | 2.00 | 1.50 | 1.25 | 1.10 |" in text
-    assert "commit 012345678" in text and "| 20 |" not in text
+    assert "cpu: x, 2 threads" in text and "commit 012345678" in text and "| 20 |" not in text and "N2 C8" not in text

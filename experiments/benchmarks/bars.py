@@ -40,13 +40,19 @@ class Bar(NamedTuple):
 
 
 class Rows:
-    """The latest rows of one device and number of threads."""
+    """The latest rows of one device and number of threads.
 
-    def __init__(self, rows: Iterable[Row], *, cuda: bool, threads: int):
+    device: its name, as in the rows; None for the one measured last.
+    """
+
+    def __init__(self, rows: Iterable[Row], *, cuda: bool, threads: int, device: str | None = None):
         rows = [row for row in rows if row.device.startswith("cuda") == cuda and (cuda or row.threads == threads)]
-        self.all = [row for row in rows if row.device == rows[-1].device]
+        self.devices = list(dict.fromkeys(row.device for row in reversed(rows)))
+        """All that there are, the one measured last first."""
+        self.device = device or next(iter(self.devices), "")
+        self.all = [row for row in rows if row.device == self.device]
         self.rows = latest(self.all)
-        self.which = {"cuda": cuda, "threads": threads}
+        self.which = {"cuda": cuda, "threads": threads, "device": self.device}
 
     def before(self, count: int) -> Rows:
         """As these were `count` measurements ago."""
@@ -81,11 +87,17 @@ def bars(*, csv: Path = OUT, threads: int = 2, into: Path | None = None) -> None
 
 
 def table(rows: list[Row], threads: int) -> str:
-    """As Markdown, with a line on where the figures come from."""
+    """As Markdown, with a line on where the figures come from.
+
+    The CPU measured last is judged; what others showed stands beside it, be it of older kernels.
+    """
     cpu, gpu = Rows(rows, cuda=False, threads=threads), Rows(rows, cuda=True, threads=threads)
-    lines = [_line(bar, cpu) for bar in CPU_BARS] + [_line(bar, gpu) for bar in GPU_BARS]
-    markdown = Table(("", "measured", "bar", "met", f"the {EARLIER} before"), tuple(lines), names=1).markdown()
-    return "\n\n".join([markdown, *filter(None, (_source(cpu.rows), _source(gpu.rows)))])
+    others = [Rows(rows, cuda=False, threads=threads, device=device) for device in cpu.devices[1:]]
+    lines = [(*_line(bar, cpu), *(Text(_figure(bar, other)) for other in others)) for bar in CPU_BARS]
+    lines += [(*_line(bar, gpu), *(Text("") for _ in others)) for bar in GPU_BARS]
+    header = ("", "measured", "bar", "met", f"the {EARLIER} before", *(f"on {other.device}" for other in others))
+    markdown = Table(header, tuple(lines), names=1).markdown()
+    return "\n\n".join([markdown, *filter(None, (_source(found.rows) for found in (cpu, *others, gpu)))])
 
 
 def reach(rows: list[Row], threads: int) -> str:
@@ -112,6 +124,11 @@ def _line(bar: Bar, rows: Rows) -> tuple[Text, ...]:
     ratios = [found.figure.split(",")[0] for found in earlier if found is not None]
     shown = ", ".join(ratio for ratio in ratios if ratio.replace(".", "", 1).isdigit())
     return Text(bar.what), Text(result.figure), Text(bar.bar), Text(met), Text(shown)
+
+
+def _figure(bar: Bar, rows: Rows) -> str:
+    result = bar.judge(rows)
+    return "" if result is None else result.figure
 
 
 def _source(rows: list[Row]) -> str:

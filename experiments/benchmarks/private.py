@@ -10,7 +10,6 @@ no rule for; it allows no dropout. ``plain`` is the step without privacy.
 
 from __future__ import annotations
 
-import platform
 import random
 import statistics
 import time
@@ -27,7 +26,7 @@ import tyro
 from experiments.cost import cost_device
 from experiments.models import build
 from experiments.results import append_rows
-from experiments.run_folder import environment
+from experiments.run_folder import environment, processor
 from knport import privacy
 
 COLUMNS = ("date", "model", "norm", "dropout", "mode", "image_size", "batch_size", "metric", "y_50", "y_20", "y_80")
@@ -86,7 +85,7 @@ def benchmark(
         "metric": "ms per step",
         "rounds": rounds,
         "device": cost_device(device),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
     }
     shared |= {name: here[name] for name in ("torch", "opacus", "commit")}
     rows = [shared | way._asdict() | _quantiles(way, times) for way in WAYS]

@@ -64,7 +64,8 @@ TORCH_PARTS = {"convolution": ("convolution",), "batchnorm": ("native_batch_norm
 PARTS = ("convolution", "batchnorm", "passes", "filters", "maps")
 COPY = "a copy of x"
 """What one pass that reads a feature map and writes one takes at least."""
-FIELDS = ("date", "commit", "torch", "threads", "case", "variant", "step_ms", *(f"{p}_ms" for p in PARTS), "rest_ms")
+ABOUT = ("commit", "device", "torch", "threads")
+FIELDS = ("date", *ABOUT, "case", "variant", "step_ms", *(f"{part}_ms" for part in PARTS), "rest_ms")
 BEGIN, END = "<!-- profile: made by python -m experiments.benchmarks profile --into -->", "<!-- end of profile -->"
 # The acceptance bars, on the step with BatchNorm; in inference that of a converted network holds for all.
 BARS = {PLAIN: 1.05, MOMENTS: 1.10, CONVERTED_PLAIN: 1.10, CONVERTED: 1.10}
@@ -83,7 +84,7 @@ def profile(*, threads: int = 2, seconds: float = 12.0, out: Path = RESULTS, int
     torch.set_num_threads(threads)
     settle_heap()
     here = environment(torch.device("cpu"), 1)
-    about = {"date": f"{datetime.date.today()}"} | {name: here[name] for name in ("commit", "torch", "threads")}
+    about = {"date": f"{datetime.date.today()}"} | {name: here[name] for name in ABOUT}
     for case, variants in [*_layers(), *_networks()]:
         for variant, parts in measure(variants, seconds).items():
             figures = {f"{part}_ms": f"{1e3 * parts[part]:.2f}" for part in ("step", *PARTS, "rest") if part in parts}
@@ -95,9 +96,10 @@ def profile(*, threads: int = 2, seconds: float = 12.0, out: Path = RESULTS, int
 
 
 def table(path: Path) -> str:
-    """The latest row of every case and variant as a Markdown table, in milliseconds."""
+    """The latest row of every case and variant as a Markdown table, in milliseconds; of the device measured last."""
     with path.open(newline="") as file:
-        latest = {(row["case"], row["variant"]): row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    latest = {(row["case"], row["variant"]): row for row in rows if row["device"] == rows[-1]["device"]}
     cases = list(dict.fromkeys(case for case, _ in latest))
     first: dict[str, float] = {}
     lines = []
@@ -111,7 +113,8 @@ def table(path: Path) -> str:
         "What a bar leaves for KNConv: the bar times the step, less convolution and rest of the variant with BatchNorm."
     )
     last = next(reversed(latest.values()))
-    source = f"{last['threads']} CPU threads, torch {last['torch']}, {last['date']}, commit {last['commit'][:9]}"
+    source = f"{last['device']}, {last['threads']} threads, torch {last['torch']}, {last['date']}, "
+    source += f"commit {last['commit'][:9]}"
     return "\n\n".join([Table(header, tuple(lines)).markdown(), source, lead, _room(latest).markdown()])
 
 
