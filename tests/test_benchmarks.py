@@ -462,6 +462,8 @@ def test_networks_picture():
         (["runs"], "did you mean 'run'"),
         (["bars", "--csv", "missing.csv"], "no such file"),
         (["plot", "--csv", "missing.csv"], "no such file"),
+        (["plot", "layer"], "did you mean 'layers'"),
+        (["plot", "--on", "cpu: amd"], "unknown device 'cpu: amd'; did you mean 'cpu: "),
         (["run", "--threads", "0"], "at least 1"),
         (["run", "growth", "--cases", "kernels *"], "matches no case"),
     ],

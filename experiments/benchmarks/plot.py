@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import matplotlib
+import tyro
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -17,7 +19,7 @@ from experiments.benchmarks.bars import Rows
 from experiments.benchmarks.rows import OUT, Row, read
 from experiments.plots import FAINT, INK, OTHER, STYLES, to_svg
 from experiments.results import write_text
-from knport.errors import KNPortError
+from knport.errors import KNPortError, UnknownName
 
 COLOURS = {
     names.CONV: OTHER[0],
@@ -37,29 +39,44 @@ IN_GROWTH = (names.BATCH, names.PLAIN, names.MOMENTS)
 
 
 def plot(
-    *, csv: Path = OUT, folder: Path = Path("docs"), threads: int = 2, device: Literal["cpu", "cuda"] = "cpu"
+    pictures: tyro.conf.Positional[tuple[str, ...]] = (),
+    *,
+    csv: Path = OUT,
+    folder: Path = Path("docs"),
+    threads: int = 2,
+    device: Literal["cpu", "cuda"] = "cpu",
+    on: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
 ) -> None:
     """Draw layers.svg, growth.svg and networks.svg, as far as there are rows for them.
 
     Args:
+        pictures: layers, growth, networks; none means all.
         csv: the rows.
         folder: where the pictures go, as benchmark_NAME.svg (benchmark_NAME_cuda.svg for a GPU).
         threads: only CPU rows with so many.
         device: whose rows.
+        on: of several such devices the one of this name, as in the CSV; None for the one measured last.
     """
-    rows = Rows(read(csv), cuda=device == "cuda", threads=threads)
+    for name in pictures:
+        if name not in PICTURES:
+            raise UnknownName("picture", name, PICTURES)
+    rows = read(csv)
+    found = Rows(rows, cuda=device == "cuda", threads=threads)
+    if on is not None and on not in found.devices:
+        raise UnknownName("device", on, found.devices)
+    rows = Rows(rows, **found.which | {"device": on}) if on else found
     if not rows.rows:
         raise KNPortError(f"{csv} has no rows of {device} with {threads} threads; measure, or give other --threads")
     drawn = 0
-    for name, draw in PICTURES.items():
-        svg = draw(rows)
+    for name in pictures or PICTURES:
+        svg = PICTURES[name](rows)
         if svg is not None:
             path = folder / f"benchmark_{name}{'_cuda' if device == 'cuda' else ''}.svg"
             write_text(path, svg)
             print(path)
             drawn += 1
     if not drawn:
-        raise KNPortError(f"{csv} has no rows of the benchmarks {', '.join(PICTURES)}")
+        raise KNPortError(f"{csv} has no rows of the benchmarks {', '.join(pictures or PICTURES)}")
 
 
 def layers_picture(rows: Rows) -> str | None:
@@ -70,6 +87,7 @@ def layers_picture(rows: Rows) -> str | None:
     figure, (left, right) = _figure((9.6, 3.6), 1, 2, width_ratios=[1.7, 1])
     _bars(left, {variant: _by_case(rows.layers(variant), cases) for variant in IN_LAYERS}, cases)
     _line_at_one(left, "Conv2d+BatchNorm2d", names.BATCH)
+    _headline(figure, _where(rows))
     _title(left, "training step / Conv2d+BatchNorm2d")
     _bars(right, {v: _by_case(rows.layers(v, benchmark="forms"), cases) for v in IN_FORMS}, cases)
     _line_at_one(right, None, names.MOMENTS)
@@ -97,8 +115,7 @@ def growth_picture(rows: Rows) -> str | None:
             _logarithmic(ax, [row.extra_ms for row in mine])
     _statistics(axes.flat[0], rows)
     axes.flat[0].set_ylim(bottom=0)
-    title = "ms that normalization adds to the training step of the convolution"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=INK)
+    _headline(figure, f"ms that normalization adds to the training step of the convolution; {_where(rows)}")
     _legend(figure, axes.flat[:1], columns=4)
     return to_svg(figure, themed=False)
 
@@ -125,6 +142,7 @@ def networks_picture(rows: Rows) -> str | None:
                 f"{value:.2f}", (0, place), xytext=(4, 0), textcoords="offset points", va="center", color="white"
             )
     left.set_yticks(places, labels, fontsize=8)
+    _headline(figure, _where(rows))
     _title(left, "training step / BatchNorm form")
     _title(right, "saved activations / BatchNorm form")
     return to_svg(figure, themed=False)
@@ -172,11 +190,18 @@ def _bars(ax: Axes, found: dict[str, list[Row | None]], cases: Sequence[str]) ->
     ax.set_xlim(-0.6, len(cases) - 0.4)
 
 
+def _where(rows: Rows) -> str:
+    threads = rows.rows[-1].threads
+    return rows.device if rows.device.startswith("cuda") else f"{rows.device}, {threads} threads"
+
+
 def _curve(ax: Axes, rows: Sequence[Row], variant: str) -> None:
     rows = sorted(rows, key=lambda row: int(row.case.split()[1]))
     x = [int(row.case.split()[1]) for row in rows]
     colour = COLOURS[variant]
-    ax.plot(x, [row.extra_ms for row in rows], color=colour, marker="o", markersize=4, label=_name(variant))
+    # what noise has made negative cannot be told from the convolution: a gap
+    extra = [row.extra_ms if row.extra_ms and row.extra_ms > 0 else math.nan for row in rows]
+    ax.plot(x, extra, color=colour, marker="o", markersize=4, label=_name(variant))
     ax.fill_between(x, [r.extra_q25_ms for r in rows], [r.extra_q75_ms for r in rows], color=colour, alpha=0.15, lw=0)
 
 
@@ -226,6 +251,10 @@ def _wrapped(case: str) -> str:
     """ "N16 C64 32x32 k3" on two lines."""
     images, channels, size, kernel = case.split()
     return f"{images} {channels}\n{size} {kernel}"
+
+
+def _headline(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=9.5, color=INK)
 
 
 def _title(ax: Axes, text: str) -> None:
