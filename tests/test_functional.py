@@ -313,9 +313,14 @@ def test_flat_regions_do_not_open_a_deep_network(value, form):
     (gradient,) = torch.autograd.grad(y.square().mean(), x)
     if value == 0 or form == "none":  # elsewhere dropout makes flat units differ, as it should
         assert gradient[..., :4].abs().max() <= 3 * gradient[..., 7:].abs().max()
-    # Expected statistics leave a flat unit its mean and give it a spread: with zero biases its output is 0 up to
-    # rounding, and the layers after it are steep there. Over 200 seeds it was 1 to 32 (in float64 up to 69).
-    assert gradient.abs().max() < (100 if form == "expected" else 10)
+    spike = gradient.abs().max()
+    if form == "expected" and value and 10 <= spike < 100:
+        # Which seeds are above 10 depends on the CPU.
+        pytest.xfail(
+            "expected statistics give a flat unit a spread, so that with zero biases its output is rounding, not the "
+            "bias, and the next layers are steep there; flat units are to be told by the spread without dropout"
+        )
+    assert spike < 10
 
 
 def test_a_constant_unit_passes_no_gradient_and_a_varied_one_does():

@@ -60,11 +60,9 @@ def plot(
     for name in pictures:
         if name not in PICTURES:
             raise UnknownName("picture", name, PICTURES)
-    rows = read(csv)
-    found = Rows(rows, cuda=device == "cuda", threads=threads)
-    if on is not None and on not in found.devices:
-        raise UnknownName("device", on, found.devices)
-    rows = Rows(rows, **found.which | {"device": on}) if on else found
+    rows = Rows(read(csv), cuda=device == "cuda", threads=threads, device=on)
+    if on is not None and on not in rows.devices:
+        raise UnknownName("device", on, rows.devices)
     if not rows.rows:
         raise KNPortError(f"{csv} has no rows of {device} with {threads} threads; measure, or give other --threads")
     drawn = 0

@@ -136,15 +136,18 @@ def careful_means(x: Tensor, order: int) -> Tensor:
     return means
 
 
-def parts(x: Tensor, *others: Tensor):
-    """Runs of images of `x`, scratch memory for each where there are several, and the same images of the others."""
+def parts(x: Tensor, *others: Tensor | None):
+    """Runs of images of `x`, scratch memory for each where there are several, and the same images of the others
+    (None of None)."""
     size = x.numel() * x.element_size()
     if size <= WHOLE:
         yield x, None, *others  # a temporary of its own takes one call less
         return
     images = max(1, PART * x.shape[0] // size)
     scratch = torch.empty_like(x[:images])
-    for part, *rest in zip(x.split(images), *(other.split(images) for other in others), strict=True):
+    each = x.split(images)
+    of_others = ([None] * len(each) if other is None else other.split(images) for other in others)
+    for part, *rest in zip(each, *of_others, strict=True):
         yield part, scratch[: part.shape[0]], *rest
 
 

@@ -99,10 +99,9 @@ def _backward(grad, of_units: Statistics, x, filters, bias, shifted, sums, how: 
 def _backward_of_images(grad, of_units: Statistics, x, filters, bias, sums, how: Units, wanted):
     """The gradients of weight and bias where x needs none: in parts, so that nothing as large as the output is made."""
     found: tuple[Tensor | None, ...] | None = None
-    offsets = () if of_units.offset is None else (of_units.offset,)
-    for part, scratch, images, rstd, *offset in cpu.parts(grad, x, of_units.rstd, *offsets):
+    for part, scratch, images, rstd, offset in cpu.parts(grad, x, of_units.rstd, of_units.offset):
         grad_convolved, _, _, along_offset, grad_bias = cpu.scale_and_shift_backward(
-            part, None, rstd, *(offset or (None,)), sums.view(-1), bias is not None, out=scratch
+            part, None, rstd, offset, sums.view(-1), bias is not None, out=scratch
         )
         grad_weight = _convolve_backward(grad_convolved, images, filters, how, wanted)[1]
         of_part = grad_weight, along_offset, grad_bias
